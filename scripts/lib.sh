@@ -1,0 +1,159 @@
+# What scripts/quickstart and scripts/bench-rebuild share: a folder for one run, servers that start
+# and stop with it, one timed build, and the figures of `primed status`. Sourced, never run.
+#
+# After sourcing:
+#   $repo     the repository            $tools   where recc and buildbox are
+#   $run      this run's own folder     $sockets a folder with a short name (a socket's path is
+#   $primed   the primed to measure              limited to about 100 characters)
+# shellcheck shell=bash
+
+repo=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+tools=$repo/target/tools
+primed=${PRIMED:-}
+program=${0##*/}
+
+say() { printf '%s: %s\n' "$program" "$*" >&2; }
+
+# die WHAT [HINT...]: says what went wrong and, a line each, what to do.
+die() {
+    say "error: $1"
+    shift
+    if (($#)); then printf '  hint: %s\n' "$@" >&2; fi
+    exit 1
+}
+
+# usage: the comment at the head of the script that sources this.
+usage() { sed -n '2,/^set /{/^set /d; s/^# \{0,1\}//p}' "$0"; }
+
+# prepare: the tools, primed in release mode, and the folders of this run.
+prepare() {
+    local command
+    for command in cc cargo; do
+        command -v "$command" >/dev/null || die "$command is missing." \
+            "On Debian: apt-get install build-essential; Rust comes from https://rustup.rs"
+    done
+    "$repo/scripts/tools" recc
+    PATH=$PATH:$tools/bin # after the host's own: it only adds a make where there is none
+
+    if [[ -z $primed ]]; then
+        say "building primed in release mode (some minutes the first time)"
+        cargo build --quiet --release --locked --manifest-path "$repo/Cargo.toml" --target-dir "$repo/target"
+        primed=$repo/target/release/primed
+    fi
+
+    # A user's own settings would measure something else.
+    local name
+    for name in ${!RECC_@} ${!PRIMED_@}; do unset "$name"; done
+
+    mkdir -p "$repo/target/$program"
+    run=$(mktemp -d "$repo/target/$program/run.XXXXXX")
+    sockets=${TMPDIR:-/tmp}
+    if ((${#sockets} > 60)); then sockets=/tmp; fi
+    sockets=$(mktemp -d "$sockets/primed.XXXXXX")
+    servers=()
+    trap finish EXIT
+    trap 'exit 130' INT
+    trap 'exit 143' TERM
+}
+
+# finish: stops the servers, newest first; keeps the logs only of a run that failed by itself.
+finish() {
+    local code=$? i
+    trap - EXIT INT TERM
+    for ((i = ${#servers[@]} - 1; i >= 0; i--)); do stop "${servers[i]}"; done
+    rm -rf "$sockets"
+    if ((code == 0 || code > 128)); then
+        rm -rf "$run"
+    else
+        say "failed; logs and trees are in $run"
+    fi
+    exit "$code"
+}
+
+# stop PID: asks it to end; kills it after 10 s.
+stop() {
+    local deadline=$((SECONDS + 10))
+    kill "$1" 2>/dev/null || return 0
+    while kill -0 "$1" 2>/dev/null; do
+        if ((SECONDS >= deadline)); then kill -KILL "$1" 2>/dev/null || true; fi
+        sleep 0.05
+    done
+}
+
+# serve NAME COMMAND...: starts a server whose log is $run/NAME.log.
+serve() {
+    "${@:2}" >"$run/$1.log" 2>&1 &
+    servers+=("$!")
+}
+
+# until_ready NAME COMMAND...: waits until COMMAND succeeds, while the newest server lives.
+until_ready() {
+    local name=$1 deadline=$((SECONDS + 30))
+    shift
+    until "$@" >/dev/null 2>&1; do
+        if ! kill -0 "${servers[-1]}" 2>/dev/null || ((SECONDS >= deadline)); then
+            tail -n 20 "$run/$name.log" >&2
+            die "$name did not start; the end of its log is above."
+        fi
+        sleep 0.02
+    done
+}
+
+# start_casd NAME JOBS: an empty buildbox-casd that executes on this machine, at $sockets/NAME.
+# Files are staged by copying: FUSE and user namespaces are not everywhere.
+start_casd() {
+    serve "$1" env BUILDBOX_STAGER=copy-or-link "$tools/bin/buildbox-casd" \
+        --buildbox-run="$tools/bin/buildbox-run-hosttools" --jobs="$2" --bind "unix:$sockets/$1" "$run/$1.cache"
+    until_ready "$1" casd_answers "$1"
+}
+
+casd_answers() {
+    [[ -S $sockets/$1 ]] && "$tools/bin/casupload" --retry-limit=0 --remote="unix:$sockets/$1" "$repo/LICENSE"
+}
+
+# start_primed NAME UPSTREAM [OPTION...]: primed with nothing recorded, at $sockets/NAME.
+start_primed() {
+    local name=$1 upstream=$2
+    shift 2
+    serve "$name" "$primed" serve --upstream "unix:$sockets/$upstream" --listen "unix:$sockets/$name" \
+        --admin "unix:$sockets/$name.admin" --state-dir "$run/$name.state" "$@"
+    until_ready "$name" "$primed" status --admin "unix:$sockets/$name.admin"
+}
+
+# settle NAME: waits until what the primed NAME records, generates and primes is done, so that
+# nothing of one build runs on into the measurement of the next.
+settle() {
+    "$primed" wait --timeout 120 --admin "unix:$sockets/$1.admin" ||
+        die "primed is still busy after 120 s." "What it does: $primed status --admin unix:$sockets/$1.admin"
+}
+
+# newest_build NAME FIELD...: the numbers of the newest build that the primed NAME saw, one line.
+# Cut out by hand, for there may be no jq: quotes inside a JSON string are escaped, so the first
+# `"FIELD":` after `"builds":` is the field itself.
+newest_build() {
+    local json field rest numbers=()
+    json=$("$primed" status --json --admin "unix:$sockets/$1.admin")
+    for field in "${@:2}"; do
+        rest=${json#*\"builds\":}
+        rest=${rest#*\""$field"\":}
+        rest=${rest#"${rest%%[![:space:]]*}"}
+        rest=${rest%%[!0-9]*}
+        [[ $rest ]] || die "primed saw no build: 'status --json' has no builds[0].$field." "It said: $json"
+        numbers+=("$rest")
+    done
+    echo "${numbers[*]}"
+}
+
+# timed_make LOG SERVER DIR JOBS: runs make in DIR with recc at $sockets/SERVER; sets wall_ms.
+timed_make() {
+    local log=$run/$1.log began=${EPOCHREALTIME/[.,]/}
+    RECC_SERVER=unix:$sockets/$2 RECC_LINK=1 make -C "$3" -j"$4" RECC="$tools/bin/recc" >"$log" 2>&1 || {
+        tail -n 20 "$log" >&2
+        die "the build failed; the end of its log is above."
+    }
+    # shellcheck disable=SC2034 # for the caller
+    wall_ms=$(((${EPOCHREALTIME/[.,]/} - began) / 1000))
+}
+
+# thousandths N: N as a decimal number with two places.
+thousandths() { printf '%d.%02d' $(($1 / 1000)) $(($1 % 1000 / 10)); }

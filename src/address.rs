@@ -1,0 +1,163 @@
+//! Addresses as users write them: `unix:PATH`, `unix-abstract:NAME`, `grpc://HOST:PORT`,
+//! `http://HOST:PORT` and `HOST:PORT`. Listeners bind them, backends and admin clients dial them.
+
+use std::fmt;
+use std::path::PathBuf;
+use std::str::FromStr;
+
+use serde::Serialize;
+
+/// Where something listens, or is to be reached.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub enum Address {
+    /// A Unix socket in the file system.
+    Unix(PathBuf),
+    /// A Unix socket in Linux's abstract namespace, without the leading NUL.
+    Abstract(String),
+    /// A TCP socket. `host` is a name or a literal address, without brackets.
+    Tcp {
+        /// Name or literal IP address.
+        host: String,
+        /// Port; 0 lets the system choose when listening.
+        port: u16,
+    },
+}
+
+/// Why a text is not an address.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("'{text}' is not an address: {reason}; write {FORMS}")]
+pub struct AddressError {
+    text: String,
+    reason: &'static str,
+}
+
+const FORMS: &str =
+    "unix:PATH, unix-abstract:NAME, grpc://HOST:PORT, http://HOST:PORT or HOST:PORT";
+
+/// The longest path that fits `sockaddr_un`, with its closing NUL.
+const MAX_SOCKET_PATH: usize = 107;
+
+impl FromStr for Address {
+    type Err = AddressError;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        let error = |reason| AddressError {
+            text: text.to_owned(),
+            reason,
+        };
+        if let Some(name) = text.strip_prefix("unix-abstract:") {
+            return match name.len() {
+                0 => Err(error("the name is empty")),
+                1..=MAX_SOCKET_PATH => Ok(Address::Abstract(name.to_owned())),
+                _ => Err(error(
+                    "the name is longer than a socket name may be (107 bytes)",
+                )),
+            };
+        }
+        if let Some(path) = text.strip_prefix("unix:") {
+            // gRPC also writes `unix:///absolute/path`.
+            let path = path.strip_prefix("//").unwrap_or(path);
+            return match path.len() {
+                0 => Err(error("the path is empty")),
+                1..=MAX_SOCKET_PATH => Ok(Address::Unix(PathBuf::from(path))),
+                _ => Err(error(
+                    "the path is longer than a socket path may be (107 bytes)",
+                )),
+            };
+        }
+        let rest = match text.split_once("://") {
+            Some(("grpc" | "http", rest)) => rest.strip_suffix('/').unwrap_or(rest),
+            Some(("grpcs" | "https", _)) => return Err(error("TLS is not supported")),
+            Some(_) => return Err(error("the scheme is not known")),
+            None => text,
+        };
+        let (host, port) = rest
+            .rsplit_once(':')
+            .ok_or_else(|| error("the port is missing"))?;
+        let host = match host.strip_prefix('[') {
+            Some(literal) => literal
+                .strip_suffix(']')
+                .ok_or_else(|| error("the bracket is not closed"))?,
+            None if host.contains(':') => {
+                return Err(error("an IPv6 address stands in brackets: [::1]:8980"));
+            }
+            None => host,
+        };
+        if host.is_empty() || host.contains(['/', ' ']) {
+            return Err(error("the host is missing or malformed"));
+        }
+        let port = port
+            .parse()
+            .map_err(|_| error("the port is not a number up to 65535"))?;
+        Ok(Address::Tcp {
+            host: host.to_owned(),
+            port,
+        })
+    }
+}
+
+impl fmt::Display for Address {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Address::Unix(path) => write!(f, "unix:{}", path.display()),
+            Address::Abstract(name) => write!(f, "unix-abstract:{name}"),
+            Address::Tcp { host, port } if host.contains(':') => write!(f, "[{host}]:{port}"),
+            Address::Tcp { host, port } => write!(f, "{host}:{port}"),
+        }
+    }
+}
+
+impl Serialize for Address {
+    fn serialize<S: serde::Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.collect_str(self)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn parse(text: &str) -> Result<Address, AddressError> {
+        text.parse()
+    }
+
+    #[test]
+    fn every_form_is_read_and_written_back() {
+        for (text, shown) in [
+            ("unix:/run/a.sock", "unix:/run/a.sock"),
+            ("unix:///run/a.sock", "unix:/run/a.sock"),
+            ("unix:relative.sock", "unix:relative.sock"),
+            ("unix-abstract:primed", "unix-abstract:primed"),
+            ("grpc://cas.example:8980", "cas.example:8980"),
+            ("http://localhost:50051/", "localhost:50051"),
+            ("127.0.0.1:0", "127.0.0.1:0"),
+            ("[::1]:8980", "[::1]:8980"),
+        ] {
+            assert_eq!(
+                parse(text).map(|a| a.to_string()).as_deref(),
+                Ok(shown),
+                "{text}"
+            );
+        }
+    }
+
+    #[test]
+    fn what_is_no_address_is_refused_with_the_reason() {
+        for (text, reason) in [
+            ("", "port is missing"),
+            ("unix:", "path is empty"),
+            ("unix-abstract:", "name is empty"),
+            ("localhost", "port is missing"),
+            ("localhost:http", "not a number"),
+            ("localhost:70000", "not a number"),
+            ("::1:8980", "brackets"),
+            ("ftp://host:1", "scheme"),
+            ("grpcs://host:1", "TLS"),
+            (":80", "host is missing"),
+        ] {
+            let message = parse(text).map_err(|e| e.to_string()).unwrap_err();
+            assert!(message.contains(reason), "{text}: {message}");
+        }
+        assert!(parse(&format!("unix:/{}", "x".repeat(200))).is_err());
+    }
+}

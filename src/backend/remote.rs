@@ -1,0 +1,359 @@
+//! A `Backend` that is a remote service, called through tonic. The only place that knows tonic's
+//! channels: forwarded calls never come this way (see `http2`).
+
+use std::pin::Pin;
+
+use base64::Engine as _;
+use base64::engine::general_purpose::STANDARD_NO_PAD;
+use bytes::{Buf, Bytes};
+use hyper_util::rt::TokioIo;
+use prost::Message;
+use tokio_stream::StreamExt;
+use tonic::codec::{Codec, DecodeBuf, Decoder};
+use tonic::codegen::http::Uri;
+use tonic::metadata::{BinaryMetadataKey, MetadataValue};
+use tonic::transport::{Channel, Endpoint};
+use tonic::{Code, Request, Status, async_trait};
+use tonic_prost::ProstEncoder;
+
+use super::dial::dial;
+use super::http2::{CONNECTION_WINDOW, STREAM_WINDOW};
+use super::{Backend, Operations};
+use crate::address::Address;
+use crate::cas::Digest;
+use crate::reapi::action_cache_client::ActionCacheClient;
+use crate::reapi::capabilities_client::CapabilitiesClient;
+use crate::reapi::content_addressable_storage_client::ContentAddressableStorageClient;
+use crate::reapi::google::bytestream::byte_stream_client::ByteStreamClient;
+use crate::reapi::google::bytestream::{ReadRequest, WriteRequest};
+use crate::reapi::{
+    ActionResult, BatchReadBlobsRequest, BatchUpdateBlobsRequest, CacheCapabilities,
+    ExecuteRequest, ExecutionPolicy, FindMissingBlobsRequest, GetActionResultRequest,
+    GetCapabilitiesRequest, RequestMetadata, ToolDetails, batch_update_blobs_request,
+};
+
+/// The largest message primed accepts on its own calls. Batches are kept far smaller; an
+/// `ExecuteResponse` with inlined outputs may be large.
+const MAX_MESSAGE: usize = 64 * 1024 * 1024;
+/// How much of a blob one `WriteRequest` carries.
+const WRITE_CHUNK: usize = 256 * 1024;
+/// REAPI's header for `RequestMetadata`.
+pub const REQUEST_METADATA_KEY: &str = "build.bazel.remote.execution.v2.requestmetadata-bin";
+
+/// A remote execution service at one address.
+pub struct Remote {
+    channel: Channel,
+}
+
+impl Remote {
+    /// A client of `address` that connects when it is first used, on the current runtime.
+    pub fn new(address: Address) -> Self {
+        let connector = tower::service_fn(move |_: Uri| {
+            let address = address.clone();
+            async move { dial(&address).await.map(TokioIo::new) }
+        });
+        let channel = Endpoint::from_static("http://localhost")
+            .initial_stream_window_size(STREAM_WINDOW)
+            .initial_connection_window_size(CONNECTION_WINDOW)
+            .connect_with_connector_lazy(connector);
+        Remote { channel }
+    }
+
+    fn cas(&self) -> ContentAddressableStorageClient<Channel> {
+        ContentAddressableStorageClient::new(self.channel.clone())
+            .max_decoding_message_size(MAX_MESSAGE)
+            .max_encoding_message_size(MAX_MESSAGE)
+    }
+
+    fn byte_stream(&self) -> ByteStreamClient<Channel> {
+        ByteStreamClient::new(self.channel.clone()).max_decoding_message_size(MAX_MESSAGE)
+    }
+}
+
+/// Wraps `message` with the `RequestMetadata` that names primed, and the action it is about.
+fn request<T>(message: T, action: Option<Digest>) -> Request<T> {
+    let metadata = RequestMetadata {
+        tool_details: Some(ToolDetails {
+            tool_name: env!("CARGO_PKG_NAME").to_owned(),
+            tool_version: env!("CARGO_PKG_VERSION").to_owned(),
+        }),
+        action_id: action.map(|digest| digest.to_string()).unwrap_or_default(),
+        ..RequestMetadata::default()
+    };
+    let mut request = Request::new(message);
+    request.metadata_mut().insert_bin(
+        BinaryMetadataKey::from_static(REQUEST_METADATA_KEY),
+        MetadataValue::from_bytes(&metadata.encode_to_vec()),
+    );
+    request
+}
+
+/// Reads the `RequestMetadata` out of a header value; `None` where it is absent or malformed.
+pub fn decode_request_metadata(header: &http::HeaderValue) -> Option<RequestMetadata> {
+    // gRPC lets senders pad or not; several values may be joined by commas, the first one counts.
+    let text = header.as_bytes().split(|byte| *byte == b',').next()?;
+    let text = text.trim_ascii_end();
+    let unpadded = text
+        .strip_suffix(b"==")
+        .or(text.strip_suffix(b"="))
+        .unwrap_or(text);
+    let bytes = STANDARD_NO_PAD.decode(unpadded).ok()?;
+    RequestMetadata::decode(bytes.as_slice()).ok()
+}
+
+fn resource_prefix(instance: &str) -> String {
+    if instance.is_empty() {
+        String::new()
+    } else {
+        format!("{instance}/")
+    }
+}
+
+fn malformed(what: impl std::fmt::Display) -> Status {
+    Status::internal(format!("the backend's answer is malformed: {what}"))
+}
+
+#[async_trait]
+impl Backend for Remote {
+    async fn cache_capabilities(&self, instance: &str) -> Result<CacheCapabilities, Status> {
+        let message = GetCapabilitiesRequest {
+            instance_name: instance.to_owned(),
+        };
+        let answer = CapabilitiesClient::new(self.channel.clone())
+            .get_capabilities(request(message, None))
+            .await?;
+        Ok(answer.into_inner().cache_capabilities.unwrap_or_default())
+    }
+
+    async fn find_missing(
+        &self,
+        instance: &str,
+        digests: &[Digest],
+    ) -> Result<Vec<Digest>, Status> {
+        let message = FindMissingBlobsRequest {
+            instance_name: instance.to_owned(),
+            blob_digests: digests.iter().map(|digest| digest.to_proto()).collect(),
+            ..FindMissingBlobsRequest::default()
+        };
+        let answer = self
+            .cas()
+            .find_missing_blobs(request(message, None))
+            .await?;
+        answer
+            .into_inner()
+            .missing_blob_digests
+            .iter()
+            .map(|digest| Digest::try_from(digest).map_err(malformed))
+            .collect()
+    }
+
+    async fn read_batch(
+        &self,
+        instance: &str,
+        digests: &[Digest],
+    ) -> Result<Vec<(Digest, Bytes)>, Status> {
+        let message = BatchReadBlobsRequest {
+            instance_name: instance.to_owned(),
+            digests: digests.iter().map(|digest| digest.to_proto()).collect(),
+            ..BatchReadBlobsRequest::default()
+        };
+        let answer = self.cas().batch_read_blobs(request(message, None)).await?;
+        let mut blobs = Vec::with_capacity(digests.len());
+        for response in answer.into_inner().responses {
+            let code = response.status.map_or(0, |status| status.code);
+            if code == Code::Ok as i32 {
+                let digest = response.digest.as_ref();
+                let digest = crate::cas::digest::required(digest).map_err(malformed)?;
+                blobs.push((digest, response.data));
+            } else if code != Code::NotFound as i32 {
+                return Err(Status::new(
+                    Code::from(code),
+                    "a blob of a batch cannot be read",
+                ));
+            }
+        }
+        Ok(blobs)
+    }
+
+    async fn read(&self, instance: &str, digest: Digest) -> Result<Bytes, Status> {
+        let message = ReadRequest {
+            resource_name: format!("{}blobs/{digest}", resource_prefix(instance)),
+            ..ReadRequest::default()
+        };
+        let mut stream = self
+            .byte_stream()
+            .read(request(message, None))
+            .await?
+            .into_inner();
+        let mut blob = Vec::new();
+        while let Some(part) = stream.message().await? {
+            if (blob.len() + part.data.len()) as u64 > digest.size() {
+                return Err(malformed("a blob is longer than its digest says"));
+            }
+            blob.extend_from_slice(&part.data);
+        }
+        Ok(blob.into())
+    }
+
+    async fn write_batch(&self, instance: &str, blobs: &[(Digest, Bytes)]) -> Result<(), Status> {
+        let message = BatchUpdateBlobsRequest {
+            instance_name: instance.to_owned(),
+            requests: blobs
+                .iter()
+                .map(|(digest, data)| batch_update_blobs_request::Request {
+                    digest: Some(digest.to_proto()),
+                    data: data.clone(),
+                    ..batch_update_blobs_request::Request::default()
+                })
+                .collect(),
+            ..BatchUpdateBlobsRequest::default()
+        };
+        let answer = self
+            .cas()
+            .batch_update_blobs(request(message, None))
+            .await?;
+        for response in answer.into_inner().responses {
+            let status = response.status.unwrap_or_default();
+            if status.code != Code::Ok as i32 {
+                return Err(Status::new(Code::from(status.code), status.message));
+            }
+        }
+        Ok(())
+    }
+
+    async fn write(&self, instance: &str, digest: Digest, blob: Bytes) -> Result<(), Status> {
+        let name = format!(
+            "{}uploads/{}/blobs/{digest}",
+            resource_prefix(instance),
+            uuid::Uuid::new_v4()
+        );
+        let chunks = blob.len().div_ceil(WRITE_CHUNK).max(1);
+        let parts = (0..chunks).map(move |index| {
+            let start = index * WRITE_CHUNK;
+            let end = (start + WRITE_CHUNK).min(blob.len());
+            WriteRequest {
+                // REAPI wants the name on the first message only.
+                resource_name: if index == 0 {
+                    name.clone()
+                } else {
+                    String::new()
+                },
+                write_offset: start as i64,
+                finish_write: index + 1 == chunks,
+                data: blob.slice(start..end),
+            }
+        });
+        let answer = self
+            .byte_stream()
+            .write(request(tokio_stream::iter(parts), None))
+            .await?;
+        // A server that already holds the blob may answer early, with the full size or with -1.
+        let committed = answer.into_inner().committed_size;
+        if committed == -1 || committed == digest.size() as i64 {
+            Ok(())
+        } else {
+            Err(malformed(format!(
+                "{committed} bytes of {digest} were committed"
+            )))
+        }
+    }
+
+    async fn action_result(
+        &self,
+        instance: &str,
+        action: Digest,
+    ) -> Result<Option<ActionResult>, Status> {
+        let message = GetActionResultRequest {
+            instance_name: instance.to_owned(),
+            action_digest: Some(action.to_proto()),
+            ..GetActionResultRequest::default()
+        };
+        match ActionCacheClient::new(self.channel.clone())
+            .max_decoding_message_size(MAX_MESSAGE)
+            .get_action_result(request(message, Some(action)))
+            .await
+        {
+            Ok(answer) => Ok(Some(answer.into_inner())),
+            Err(status) if status.code() == Code::NotFound => Ok(None),
+            Err(status) => Err(status),
+        }
+    }
+
+    async fn execute(
+        &self,
+        instance: &str,
+        action: Digest,
+        priority: i32,
+    ) -> Result<Operations, Status> {
+        let message = ExecuteRequest {
+            instance_name: instance.to_owned(),
+            action_digest: Some(action.to_proto()),
+            execution_policy: Some(ExecutionPolicy { priority }),
+            ..ExecuteRequest::default()
+        };
+        let mut grpc =
+            tonic::client::Grpc::new(self.channel.clone()).max_decoding_message_size(MAX_MESSAGE);
+        grpc.ready()
+            .await
+            .map_err(|error| Status::unavailable(error.to_string()))?;
+        let path = http::uri::PathAndQuery::from_static(
+            "/build.bazel.remote.execution.v2.Execution/Execute",
+        );
+        let answer = grpc
+            .server_streaming(request(message, Some(action)), path, RawAnswers)
+            .await?;
+        Ok(Box::pin(answer.into_inner().map(|message| message)) as Pin<Box<_>>)
+    }
+}
+
+/// Encodes an `ExecuteRequest`, and leaves the answers as they came: clients that join see the
+/// backend's own bytes.
+#[derive(Clone, Copy, Default)]
+struct RawAnswers;
+
+impl Codec for RawAnswers {
+    type Encode = ExecuteRequest;
+    type Decode = Bytes;
+    type Encoder = ProstEncoder<ExecuteRequest>;
+    type Decoder = RawAnswers;
+
+    fn encoder(&mut self) -> Self::Encoder {
+        ProstEncoder::default()
+    }
+
+    fn decoder(&mut self) -> Self::Decoder {
+        *self
+    }
+}
+
+impl Decoder for RawAnswers {
+    type Item = Bytes;
+    type Error = Status;
+
+    fn decode(&mut self, source: &mut DecodeBuf<'_>) -> Result<Option<Bytes>, Status> {
+        Ok(Some(source.copy_to_bytes(source.remaining())))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn request_metadata_is_read_padded_and_unpadded() {
+        let metadata = RequestMetadata {
+            tool_invocation_id: "host:12".to_owned(),
+            ..RequestMetadata::default()
+        };
+        let bytes = metadata.encode_to_vec();
+        for text in [
+            STANDARD_NO_PAD.encode(&bytes),
+            base64::engine::general_purpose::STANDARD.encode(&bytes),
+        ] {
+            let header = http::HeaderValue::from_str(&text).unwrap();
+            assert_eq!(decode_request_metadata(&header), Some(metadata.clone()));
+        }
+        let garbage = http::HeaderValue::from_static("***");
+        assert_eq!(decode_request_metadata(&garbage), None);
+    }
+}

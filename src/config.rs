@@ -1,0 +1,208 @@
+//! The settings of `primed serve`: defaults < environment < flags, resolved once into one struct.
+
+use std::num::NonZero;
+use std::path::{Path, PathBuf};
+
+use clap::ValueEnum;
+use serde::Serialize;
+
+use crate::address::{Address, AddressError};
+
+/// What primed records and uses; each mode includes those before it.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, ValueEnum, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Mode {
+    /// Forward only.
+    None,
+    /// Use the records there are, make none.
+    PrimeOnly,
+    /// Record; follow source files, but no action's outputs.
+    SourceArtifact,
+    /// Also follow the outputs of other actions of the same parent.
+    IntraElement,
+    /// Also follow the outputs of other parents' actions.
+    #[default]
+    Full,
+}
+
+impl Mode {
+    /// Whether builds are recorded.
+    pub fn records(self) -> bool {
+        self >= Mode::SourceArtifact
+    }
+
+    /// Whether files are traced back to the actions that wrote them.
+    pub fn uses_action_overlays(self) -> bool {
+        self >= Mode::IntraElement
+    }
+}
+
+/// Everything that `primed serve` needs to know.
+#[derive(Clone, Debug)]
+pub struct Config {
+    /// Where calls are forwarded to.
+    pub upstream: Address,
+    /// Where clients connect.
+    pub listen: Vec<Address>,
+    /// Where `primed status` and `primed wait` connect.
+    pub admin: Address,
+    /// Where records are kept.
+    pub state_dir: PathBuf,
+    /// What is recorded and used.
+    pub mode: Mode,
+    /// How many speculative actions run at once.
+    pub max_speculative: NonZero<usize>,
+}
+
+/// Why the settings cannot be used.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum ConfigError {
+    /// A default needs a variable that is not set.
+    #[error("{variable} is not set, so there is no default for {flag}; set one of them")]
+    NoDefault {
+        /// The flag that would have helped.
+        flag: &'static str,
+        /// The variable that would have helped.
+        variable: &'static str,
+    },
+    /// A default is no usable address.
+    #[error(transparent)]
+    Address(#[from] AddressError),
+    /// A listener is the upstream: primed would forward to itself.
+    #[error("primed would forward to itself: {0} is both --listen and --upstream")]
+    Loop(Address),
+}
+
+/// The variables that defaults are made of.
+#[derive(Clone, Debug, Default)]
+pub struct Environment {
+    /// `XDG_RUNTIME_DIR`.
+    pub runtime_dir: Option<PathBuf>,
+    /// `XDG_STATE_HOME`.
+    pub state_home: Option<PathBuf>,
+    /// `HOME`.
+    pub home: Option<PathBuf>,
+}
+
+impl Environment {
+    /// What this process was given. Empty and relative paths do not count (XDG Base Directory
+    /// specification).
+    pub fn of_process() -> Self {
+        let path = |name| {
+            std::env::var_os(name)
+                .map(PathBuf::from)
+                .filter(|path| path.is_absolute())
+        };
+        Environment {
+            runtime_dir: path("XDG_RUNTIME_DIR"),
+            state_home: path("XDG_STATE_HOME"),
+            home: path("HOME"),
+        }
+    }
+
+    /// Where clients connect unless told otherwise.
+    ///
+    /// # Errors
+    /// `NoDefault` without `XDG_RUNTIME_DIR`.
+    pub fn default_listen(&self) -> Result<Address, ConfigError> {
+        self.socket("remote-apis.sock", "--listen")
+    }
+
+    /// Where admin commands connect unless told otherwise.
+    ///
+    /// # Errors
+    /// `NoDefault` without `XDG_RUNTIME_DIR`.
+    pub fn default_admin(&self) -> Result<Address, ConfigError> {
+        self.socket("admin.sock", "--admin")
+    }
+
+    /// Where records are kept unless told otherwise.
+    ///
+    /// # Errors
+    /// `NoDefault` without `XDG_STATE_HOME` and `HOME`.
+    pub fn default_state_dir(&self) -> Result<PathBuf, ConfigError> {
+        let state_home = self.state_home.clone();
+        let state_home = state_home.or_else(|| Some(self.home.as_ref()?.join(".local/state")));
+        let state_home = state_home.ok_or(ConfigError::NoDefault {
+            flag: "--state-dir",
+            variable: "XDG_STATE_HOME",
+        })?;
+        Ok(state_home.join("primed"))
+    }
+
+    fn socket(&self, name: &str, flag: &'static str) -> Result<Address, ConfigError> {
+        let runtime_dir = self.runtime_dir.as_deref().ok_or(ConfigError::NoDefault {
+            flag,
+            variable: "XDG_RUNTIME_DIR",
+        })?;
+        let path: PathBuf = [runtime_dir, Path::new("primed"), Path::new(name)]
+            .iter()
+            .collect();
+        Ok(format!("unix:{}", path.display()).parse()?)
+    }
+}
+
+impl Config {
+    /// Refuses settings that cannot work together.
+    ///
+    /// # Errors
+    /// `ConfigError`, with what is wrong.
+    pub fn check(self) -> Result<Self, ConfigError> {
+        match self.listen.iter().find(|listen| **listen == self.upstream) {
+            Some(listen) => Err(ConfigError::Loop(listen.clone())),
+            None => Ok(self),
+        }
+    }
+}
+
+/// Speculative actions at once, unless told otherwise: two for each core.
+pub fn default_max_speculative() -> NonZero<usize> {
+    let cores = std::thread::available_parallelism().unwrap_or(NonZero::<usize>::MIN);
+    cores.saturating_mul(NonZero::<usize>::MIN.saturating_add(1))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn defaults_stand_in_the_xdg_directories() {
+        let environment = Environment {
+            runtime_dir: Some("/run/user/7".into()),
+            state_home: None,
+            home: Some("/home/me".into()),
+        };
+        let shown = |address: Result<Address, _>| address.map(|address| address.to_string());
+        assert_eq!(
+            shown(environment.default_listen()).as_deref(),
+            Ok("unix:/run/user/7/primed/remote-apis.sock")
+        );
+        assert_eq!(
+            shown(environment.default_admin()).as_deref(),
+            Ok("unix:/run/user/7/primed/admin.sock")
+        );
+        assert_eq!(
+            environment.default_state_dir(),
+            Ok("/home/me/.local/state/primed".into())
+        );
+    }
+
+    #[test]
+    fn a_missing_variable_is_named_with_the_flag_that_helps() {
+        let error = Environment::default()
+            .default_listen()
+            .unwrap_err()
+            .to_string();
+        assert!(
+            error.contains("XDG_RUNTIME_DIR") && error.contains("--listen"),
+            "{error}"
+        );
+    }
+
+    #[test]
+    fn each_mode_includes_those_before_it() {
+        assert!(!Mode::PrimeOnly.records() && Mode::SourceArtifact.records());
+        assert!(!Mode::SourceArtifact.uses_action_overlays());
+        assert!(Mode::IntraElement.uses_action_overlays() && Mode::Full.uses_action_overlays());
+    }
+}

@@ -1,0 +1,242 @@
+//! Bodies of forwarded calls. Frames pass by reference count; nothing is copied or decoded.
+
+use std::collections::VecDeque;
+use std::convert::Infallible;
+use std::pin::Pin;
+use std::task::{Context, Poll, ready};
+
+use bytes::{Buf, Bytes};
+use http::HeaderMap;
+use http_body::{Body, Frame, SizeHint};
+use http_body_util::BodyExt;
+use hyper::body::Incoming;
+use tokio::sync::mpsc;
+
+use super::grpc;
+use super::tap::Tap;
+use crate::speculation::observation::FRAME_HEADER;
+
+/// A request body on its way to the upstream.
+pub enum RequestBody {
+    /// Not looked at.
+    Untouched(Incoming),
+    /// Its beginning was read; the rest follows.
+    ReadAhead {
+        /// Frames that were taken out already.
+        frames: VecDeque<Frame<Bytes>>,
+        /// What is still to come.
+        rest: Incoming,
+    },
+    /// A whole request message, which can be sent more than once.
+    Whole(Option<Bytes>),
+}
+
+impl RequestBody {
+    /// Reads the first gRPC message, if it is uncompressed and at most `limit` bytes long.
+    /// Returns the body with everything still in it. It is `Whole` if nothing follows the message.
+    pub async fn read_first_message(mut body: Incoming, limit: usize) -> (Option<Bytes>, Self) {
+        let mut frames = VecDeque::new();
+        let mut read = Vec::new();
+        let mut message = None;
+        while let Some(Ok(frame)) = body.frame().await {
+            if let Some(data) = frame.data_ref() {
+                read.push(data.clone());
+            }
+            let is_trailers = frame.is_trailers();
+            frames.push_back(frame);
+            message = first_message(&read);
+            let size: usize = read.iter().map(Bytes::len).sum();
+            if is_trailers || message.is_some() || size > limit {
+                break;
+            }
+        }
+        if message.is_some() && body.is_end_stream() && frames.iter().all(Frame::is_data) {
+            let whole = match read.as_slice() {
+                [only] => only.clone(),
+                parts => parts.concat().into(),
+            };
+            return (message, RequestBody::Whole(Some(whole)));
+        }
+        (message, RequestBody::ReadAhead { frames, rest: body })
+    }
+
+    /// The same body once more, if it is `Whole`.
+    pub fn again(&self) -> Option<Self> {
+        match self {
+            RequestBody::Whole(whole) => Some(RequestBody::Whole(whole.clone())),
+            _ => None,
+        }
+    }
+}
+
+fn first_message(parts: &[Bytes]) -> Option<Bytes> {
+    let mut read = match parts {
+        [only] => only.clone(),
+        parts => parts.concat().into(),
+    };
+    if read.len() < FRAME_HEADER || read.get_u8() != 0 {
+        return None;
+    }
+    let length = read.get_u32() as usize;
+    (read.len() >= length).then(|| read.slice(..length))
+}
+
+impl Body for RequestBody {
+    type Data = Bytes;
+    type Error = hyper::Error;
+
+    fn poll_frame(
+        self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, hyper::Error>>> {
+        match self.get_mut() {
+            RequestBody::Untouched(body) => Pin::new(body).poll_frame(cx),
+            RequestBody::ReadAhead { frames, rest } => match frames.pop_front() {
+                Some(frame) => Poll::Ready(Some(Ok(frame))),
+                None => Pin::new(rest).poll_frame(cx),
+            },
+            RequestBody::Whole(whole) => {
+                Poll::Ready(whole.take().map(|data| Ok(Frame::data(data))))
+            }
+        }
+    }
+
+    fn is_end_stream(&self) -> bool {
+        match self {
+            RequestBody::Untouched(body) => body.is_end_stream(),
+            RequestBody::ReadAhead { frames, rest } => frames.is_empty() && rest.is_end_stream(),
+            RequestBody::Whole(whole) => whole.is_none(),
+        }
+    }
+}
+
+/// A response body on its way to the client.
+pub struct ResponseBody {
+    source: Source,
+    tap: Option<Tap>,
+}
+
+enum Source {
+    Upstream(Incoming),
+    /// The first frame was read to learn the status; the rest follows.
+    Peeked(Option<Frame<Bytes>>, Incoming),
+    /// Made by primed, for a joined execution.
+    Made(mpsc::Receiver<Frame<Bytes>>),
+    Ended,
+}
+
+impl ResponseBody {
+    /// A body that the upstream sends.
+    pub fn upstream(body: Incoming) -> Self {
+        ResponseBody {
+            source: Source::Upstream(body),
+            tap: None,
+        }
+    }
+
+    /// A body that primed sends, frame by frame.
+    pub fn made(frames: mpsc::Receiver<Frame<Bytes>>) -> Self {
+        ResponseBody {
+            source: Source::Made(frames),
+            tap: None,
+        }
+    }
+
+    /// No body at all: the status stands in the headers.
+    pub fn empty() -> Self {
+        ResponseBody {
+            source: Source::Ended,
+            tap: None,
+        }
+    }
+
+    /// Lets `tap` see what passes.
+    pub fn observed_by(mut self, tap: Tap) -> Self {
+        self.tap = Some(tap);
+        self
+    }
+
+    /// The trailers, if the body consists of nothing else. Takes nothing away.
+    pub async fn trailers_if_bare(&mut self) -> Option<HeaderMap> {
+        if let Source::Upstream(_) = self.source {
+            let Source::Upstream(mut body) = std::mem::replace(&mut self.source, Source::Ended)
+            else {
+                return None;
+            };
+            let frame = match body.frame().await {
+                Some(Ok(frame)) => Some(frame),
+                // A broken body: polling it once more ends it as it ended here.
+                Some(Err(error)) => Some(Frame::trailers(grpc::broken_upstream(&error))),
+                None => None,
+            };
+            self.source = Source::Peeked(frame, body);
+        }
+        match &self.source {
+            Source::Peeked(Some(frame), _) => frame.trailers_ref().cloned(),
+            _ => None,
+        }
+    }
+}
+
+impl Body for ResponseBody {
+    type Data = Bytes;
+    type Error = Infallible;
+
+    fn poll_frame(
+        self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, Infallible>>> {
+        let this = self.get_mut();
+        let polled = match &mut this.source {
+            Source::Upstream(body) => ready!(Pin::new(body).poll_frame(cx)),
+            Source::Peeked(first, rest) => match first.take() {
+                Some(frame) => Some(Ok(frame)),
+                None => ready!(Pin::new(rest).poll_frame(cx)),
+            },
+            Source::Made(frames) => ready!(frames.poll_recv(cx)).map(Ok),
+            Source::Ended => None,
+        };
+        let frame = match polled {
+            Some(Ok(frame)) => frame,
+            // The upstream broke off. A reset would reach the client as an internal error;
+            // gRPC's own word for a lost server is UNAVAILABLE, which clients retry.
+            Some(Err(error)) => Frame::trailers(grpc::broken_upstream(&error)),
+            None => {
+                this.source = Source::Ended;
+                return Poll::Ready(None);
+            }
+        };
+        if frame.is_trailers() {
+            this.source = Source::Ended;
+        }
+        if let Some(tap) = &mut this.tap {
+            match (frame.data_ref(), frame.trailers_ref()) {
+                (Some(data), _) => tap.data(data),
+                (None, Some(trailers)) => {
+                    let status = grpc::status(trailers);
+                    if let Some(tap) = this.tap.take() {
+                        tap.end(status);
+                    }
+                }
+                (None, None) => {}
+            }
+        }
+        Poll::Ready(Some(Ok(frame)))
+    }
+
+    fn is_end_stream(&self) -> bool {
+        match &self.source {
+            Source::Upstream(body) => body.is_end_stream(),
+            Source::Peeked(first, rest) => first.is_none() && rest.is_end_stream(),
+            Source::Made(_) => false,
+            Source::Ended => true,
+        }
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        match &self.source {
+            Source::Upstream(body) => body.size_hint(),
+            _ => SizeHint::default(),
+        }
+    }
+}

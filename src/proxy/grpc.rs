@@ -1,0 +1,129 @@
+//! The few words of gRPC over HTTP/2 that a proxy must speak itself.
+
+use bytes::{BufMut, Bytes, BytesMut};
+use http::header::{CONTENT_TYPE, HeaderMap, HeaderName, HeaderValue};
+use http::{Response, StatusCode};
+use std::time::Duration;
+use tonic::Code;
+
+use super::body::ResponseBody;
+use crate::speculation::observation::FRAME_HEADER;
+
+const GRPC_STATUS: HeaderName = HeaderName::from_static("grpc-status");
+const GRPC_MESSAGE: HeaderName = HeaderName::from_static("grpc-message");
+const GRPC_TIMEOUT: HeaderName = HeaderName::from_static("grpc-timeout");
+const APPLICATION_GRPC: HeaderValue = HeaderValue::from_static("application/grpc");
+
+/// The gRPC status in headers or trailers, if there is one.
+pub fn status(headers: &HeaderMap) -> Option<u32> {
+    headers.get(GRPC_STATUS)?.to_str().ok()?.parse().ok()
+}
+
+/// How much time the client gives the call, if it says so. (gRPC over HTTP/2, "Timeout".)
+pub fn timeout(headers: &HeaderMap) -> Option<Duration> {
+    let text = headers.get(GRPC_TIMEOUT)?.to_str().ok()?;
+    let (digits, unit) = text.split_at_checked(text.len().checked_sub(1)?)?;
+    let value: u64 = digits.parse().ok()?;
+    Some(match unit {
+        "H" => Duration::from_secs(value.saturating_mul(3600)),
+        "M" => Duration::from_secs(value.saturating_mul(60)),
+        "S" => Duration::from_secs(value),
+        "m" => Duration::from_millis(value),
+        "u" => Duration::from_micros(value),
+        "n" => Duration::from_nanos(value),
+        _ => return None,
+    })
+}
+
+/// Trailers that end a call with `code` and a message for people.
+pub fn trailers(code: Code, message: &str) -> HeaderMap {
+    let mut headers = HeaderMap::with_capacity(2);
+    headers.insert(GRPC_STATUS, HeaderValue::from(code as i32));
+    if let Ok(value) = HeaderValue::from_str(&percent_encoded(message))
+        && !value.is_empty()
+    {
+        headers.insert(GRPC_MESSAGE, value);
+    }
+    headers
+}
+
+/// Trailers for a call whose upstream broke off in the middle.
+pub fn broken_upstream(error: &hyper::Error) -> HeaderMap {
+    let message = format!("primed: the upstream broke off the call ({error}); try again");
+    trailers(Code::Unavailable, &message)
+}
+
+/// A response without a body: "Trailers-Only" in gRPC's words.
+pub fn ended_response(code: Code, message: &str) -> Response<ResponseBody> {
+    let mut response = started_response(ResponseBody::empty());
+    response.headers_mut().extend(trailers(code, message));
+    response
+}
+
+/// A response whose status will come in its trailers.
+pub fn started_response(body: ResponseBody) -> Response<ResponseBody> {
+    let mut response = Response::new(body);
+    *response.status_mut() = StatusCode::OK;
+    response
+        .headers_mut()
+        .insert(CONTENT_TYPE, APPLICATION_GRPC);
+    response
+}
+
+/// `message` with the prefix that gRPC puts before each message.
+pub fn framed(message: &[u8]) -> Bytes {
+    let mut framed = BytesMut::with_capacity(FRAME_HEADER + message.len());
+    framed.put_u8(0);
+    framed.put_u32(message.len() as u32);
+    framed.put_slice(message);
+    framed.freeze()
+}
+
+fn percent_encoded(message: &str) -> String {
+    use std::fmt::Write as _;
+    let mut encoded = String::with_capacity(message.len());
+    for byte in message.bytes() {
+        if matches!(byte, b' '..=b'~') && byte != b'%' {
+            encoded.push(char::from(byte));
+        } else {
+            // Writing to a `String` cannot fail.
+            let _ = write!(encoded, "%{byte:02X}");
+        }
+    }
+    encoded
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn timeouts_are_read_in_every_unit_and_odd_ones_ignored() {
+        for (text, expected) in [
+            ("2S", Some(Duration::from_secs(2))),
+            ("1H", Some(Duration::from_secs(3600))),
+            ("3M", Some(Duration::from_secs(180))),
+            ("250m", Some(Duration::from_millis(250))),
+            ("99999999u", Some(Duration::from_micros(99_999_999))),
+            ("5n", Some(Duration::from_nanos(5))),
+            ("5", None),
+            ("", None),
+            ("x", None),
+            ("é", None),
+        ] {
+            let mut headers = HeaderMap::new();
+            headers.insert(
+                GRPC_TIMEOUT,
+                HeaderValue::from_bytes(text.as_bytes()).unwrap(),
+            );
+            assert_eq!(timeout(&headers), expected, "{text}");
+        }
+    }
+
+    #[test]
+    fn messages_are_percent_encoded_as_grpc_asks() {
+        let headers = trailers(Code::Unavailable, "100% off\nü");
+        assert_eq!(status(&headers), Some(14));
+        assert_eq!(headers[GRPC_MESSAGE], "100%25 off%0A%C3%BC");
+    }
+}

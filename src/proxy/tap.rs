@@ -1,0 +1,78 @@
+//! Taps: copies of reference-counted frames of the few methods that are observed. A tap never
+//! waits and never holds more than a bound; what it cannot keep it gives up and counts.
+
+use bytes::Bytes;
+
+use crate::speculation::Engine;
+use crate::speculation::observation::{Answer, Call, Observation};
+
+/// The largest answer that a tap keeps. An `ActionResult` is far smaller.
+const MAX_ANSWER: usize = 8 * 1024 * 1024;
+
+/// Which of the observed calls this is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Observed {
+    /// `GetActionResult`.
+    Lookup,
+    /// `Execute`.
+    Execution,
+}
+
+/// Collects the answer to one call and tells the engine when it is complete.
+pub struct Tap {
+    engine: Engine,
+    observed: Observed,
+    call: Call,
+    size: usize,
+    /// Kept until the answer is complete, then dropped.
+    _while_open: Option<Box<dyn Send>>,
+}
+
+impl Tap {
+    /// A tap for a call that has just begun.
+    pub fn new(engine: Engine, observed: Observed, call: Call) -> Self {
+        Tap {
+            engine,
+            observed,
+            call,
+            size: 0,
+            _while_open: None,
+        }
+    }
+
+    /// Keeps `guard` for as long as the call is open.
+    pub fn holding(mut self, guard: impl Send + 'static) -> Self {
+        self._while_open = Some(Box::new(guard));
+        self
+    }
+
+    /// Sees one chunk of the body.
+    pub fn data(&mut self, chunk: &Bytes) {
+        self.size += chunk.len();
+        if self.size <= MAX_ANSWER {
+            self.call.answer.body.push(chunk.clone());
+        } else {
+            self.call.answer.body.clear();
+        }
+    }
+
+    /// The call has ended with `status`.
+    pub fn end(mut self, status: Option<u32>) {
+        if self.size > MAX_ANSWER {
+            self.engine.count_dropped();
+            return;
+        }
+        self.call.answer.status = status;
+        self.engine.observe(match self.observed {
+            Observed::Lookup => Observation::Lookup(self.call),
+            Observed::Execution => Observation::Execution(self.call),
+        });
+    }
+
+    /// The call has ended with an answer that primed gave itself.
+    pub fn end_with(mut self, answer: Answer) {
+        self.call.answer = answer;
+        let status = self.call.answer.status;
+        self.end(status);
+    }
+}

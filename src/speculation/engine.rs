@@ -1,0 +1,530 @@
+//! The engine: one task that takes in what the proxy saw, attributes it to builds, and tells the
+//! others what to do. It never waits for anybody: what it cannot hand over at once it gives up.
+
+use std::collections::hash_map::Entry;
+use std::collections::{HashMap, HashSet, VecDeque};
+use std::panic::AssertUnwindSafe;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+
+use tokio::sync::{mpsc, oneshot};
+
+use super::activity::Activities;
+pub use super::builds::BuildStatus;
+use super::builds::{Asked, Build, BuildKey, Caller};
+use super::flights::{FlightKey, Flights};
+use super::observation::{Call, CallOrigin, Observation};
+use super::parent::{ParentIdentity, WeakKey};
+use super::priming::{Message, Priming, Workshop};
+use super::record::{Subaction, execution_time};
+use super::recorder::{self, Ended, Recorded};
+use super::store::{RecordCounts, Store};
+use super::{Engine, lane};
+use crate::backend::Backend;
+use crate::cas::directories::DirectoryCache;
+use crate::cas::transfer::Cas;
+use crate::clock;
+use crate::config::Mode;
+use crate::reapi::google::longrunning::{Operation, operation};
+use crate::reapi::{ActionResult, ExecuteResponse};
+use crate::task;
+use crate::workspace::index::FileIndex;
+use crate::workspace::process::Process;
+
+/// Observations that may wait; more are dropped and counted.
+const OBSERVATIONS: usize = 16 * 1024;
+/// Builds that `primed status` still knows after they have ended.
+const REMEMBERED_BUILDS: usize = 100;
+/// Subactions of one build that are kept for recording.
+const MAX_SUBACTIONS: usize = 200_000;
+/// A client below no build tool has ended its build when it was silent for this long.
+const QUIET_TIME: Duration = Duration::from_secs(10);
+/// Messages between the engine and its tasks that may wait.
+const NOTES: usize = 1024;
+
+/// What `primed status` and `primed wait` ask of the engine.
+pub enum Request {
+    /// The state of things.
+    Status(oneshot::Sender<Status>),
+    /// Answered when recording, generation and priming are quiet.
+    Wait(oneshot::Sender<()>),
+    /// Ends all builds; answered when they are recorded.
+    Finish(oneshot::Sender<()>),
+}
+
+/// The state of the engine.
+#[derive(Clone, Debug, Default)]
+pub struct Status {
+    /// How much is recorded.
+    pub records: RecordCounts,
+    /// Base actions that could not be adapted, since primed began.
+    pub unadaptable: u64,
+    /// Builds, newest first.
+    pub builds: Vec<BuildStatus>,
+}
+
+/// What an engine is made of.
+pub struct EngineParts {
+    /// What it records and uses.
+    pub mode: Mode,
+    /// Where actions are executed and blobs are kept.
+    pub backend: Arc<dyn Backend>,
+    /// What is in flight.
+    pub flights: Arc<Flights>,
+    /// The records.
+    pub store: Arc<Store>,
+}
+
+/// The receiving end of an `Engine`, to be run by one task.
+pub struct Runner {
+    observations: mpsc::Receiver<Observation>,
+    requests: mpsc::Receiver<Request>,
+    state: State,
+    primed: mpsc::Receiver<u64>,
+    recorded: mpsc::Receiver<Recorded>,
+    exits: mpsc::Receiver<BuildKey>,
+}
+
+/// Makes an engine: the proxy's handle, a way to ask it things, and the task to run. Call it on
+/// the runtime that will run it.
+pub fn engine(parts: EngineParts) -> (Engine, mpsc::Sender<Request>, Runner) {
+    let (observed, observations) = mpsc::channel(OBSERVATIONS);
+    let (asked, requests) = mpsc::channel(NOTES);
+    let (ended, endings) = mpsc::channel(NOTES);
+    let (records, recorded) = mpsc::channel(NOTES);
+    let (primed, primings) = mpsc::channel(NOTES);
+    let (exited, exits) = mpsc::channel(NOTES);
+    let cas = Cas::new(parts.backend.clone());
+    let files = parts.store.files().unwrap_or_else(|error| {
+        tracing::warn!(%error, "known files cannot be read; they will be hashed again");
+        Vec::new()
+    });
+    let workshop = Workshop {
+        flights: parts.flights.clone(),
+        backend: parts.backend.clone(),
+        cas,
+        directories: DirectoryCache::default(),
+        index: Arc::new(FileIndex::with(files)),
+        store: parts.store.clone(),
+        activities: Activities::default(),
+        unadaptable: Arc::default(),
+        primed,
+    };
+    task::spawn(
+        "lane",
+        lane::run(
+            parts.flights.clone(),
+            parts.backend,
+            workshop.activities.clone(),
+        ),
+    );
+    task::spawn(
+        "recorder",
+        recorder::run(workshop.clone(), parts.mode, endings, records),
+    );
+    let mut parents: HashMap<WeakKey, ParentIdentity> = HashMap::new();
+    match parts.store.parents() {
+        Ok(known) => parents.extend(known),
+        Err(error) => tracing::warn!(%error, "records cannot be read; nothing is primed"),
+    }
+    let engine = Engine {
+        observations: observed,
+        flights: parts.flights,
+        dropped: Arc::new(AtomicU64::new(0)),
+    };
+    let runner = Runner {
+        observations,
+        requests,
+        primed: primings,
+        recorded,
+        exits,
+        state: State {
+            mode: parts.mode,
+            host: rustix::system::uname()
+                .nodename()
+                .to_string_lossy()
+                .into_owned(),
+            workshop,
+            parents,
+            callers: HashMap::new(),
+            open: HashMap::new(),
+            closed: VecDeque::new(),
+            primings: HashMap::new(),
+            waiting: Vec::new(),
+            ended,
+            exited,
+            builds: 0,
+        },
+    };
+    (engine, asked, runner)
+}
+
+struct State {
+    mode: Mode,
+    host: String,
+    workshop: Workshop,
+    /// All recorded parents.
+    parents: HashMap<WeakKey, ParentIdentity>,
+    /// Clients by connection.
+    callers: HashMap<u64, Caller>,
+    open: HashMap<BuildKey, Build>,
+    closed: VecDeque<Build>,
+    /// Parents of open builds that are being primed.
+    primings: HashMap<WeakKey, Priming>,
+    /// Those who wait for quiet.
+    waiting: Vec<oneshot::Sender<()>>,
+    ended: mpsc::Sender<Ended>,
+    exited: mpsc::Sender<BuildKey>,
+    builds: u64,
+}
+
+impl Runner {
+    /// Runs the engine until nobody holds a handle on it. What panics is given up; the engine,
+    /// and the proxy with it, go on.
+    pub async fn run(mut self) {
+        let activities = self.state.workshop.activities.clone();
+        loop {
+            let quiet_at = self.state.next_quiet();
+            tokio::select! {
+                biased;
+                observation = self.observations.recv() => match observation {
+                    Some(observation) => guarded(|| self.state.observe(observation)),
+                    None => return,
+                },
+                Some(build) = self.primed.recv() => guarded(|| self.state.count_primed(build)),
+                Some(recorded) = self.recorded.recv() => guarded(|| self.state.recorded(recorded)),
+                Some(key) = self.exits.recv() => guarded(|| self.state.close(&key)),
+                Some(request) = self.requests.recv() => guarded(|| self.state.answer(request)),
+                () = activities.ended() => {}
+                () = tokio::time::sleep_until(quiet_at.into()) => {
+                    guarded(|| self.state.close_silent());
+                }
+            }
+            let drained =
+                self.observations.is_empty() && self.primed.is_empty() && self.recorded.is_empty();
+            if drained {
+                guarded(|| self.state.answer_waiting());
+            }
+        }
+    }
+}
+
+fn guarded(step: impl FnOnce()) {
+    task::guard("engine", AssertUnwindSafe(step));
+}
+
+impl State {
+    fn observe(&mut self, observation: Observation) {
+        match observation {
+            Observation::FirstCall(origin) => {
+                self.build_of(&origin);
+            }
+            Observation::Lookup(call) => self.lookup(call),
+            Observation::Execution(call) => self.execution(call),
+            Observation::Question { origin, key, reply } => {
+                let parent = self.build_of(&origin).caller.parent(&key.instance);
+                if let Some(priming) = self.primings.get(&parent.weak_key()) {
+                    priming.tell(Message::Question {
+                        action: key.action,
+                        asked: Instant::now(),
+                        reply,
+                    });
+                }
+            }
+            Observation::Disconnected(peer) => {
+                self.callers.remove(&peer);
+            }
+        }
+    }
+
+    /// The build that a call belongs to. If it is a new one, it is primed.
+    fn build_of(&mut self, origin: &CallOrigin) -> &mut Build {
+        let caller = match self.callers.get(&origin.peer.id()) {
+            // One connection may carry one build after the other.
+            Some(known) if matches!(known.key, BuildKey::Process(_)) => known.clone(),
+            _ => Caller::identify(origin, &self.host),
+        };
+        self.callers.insert(origin.peer.id(), caller.clone());
+        if !self.open.contains_key(&caller.key) {
+            self.begin(&caller);
+        }
+        let number = self.builds;
+        let build = match self.open.entry(caller.key.clone()) {
+            Entry::Occupied(open) => open.into_mut(),
+            Entry::Vacant(new) => new.insert(Build::new(number, caller, clock::now_unix_ms())),
+        };
+        build.last_call = Instant::now();
+        build
+    }
+
+    /// Has a new build watched and primed.
+    fn begin(&mut self, caller: &Caller) {
+        self.builds += 1;
+        let number = self.builds;
+        tracing::debug!(build = caller.parent(&"".into()).label(), "a build begins");
+        if let BuildKey::Process(process) = &caller.key {
+            self.watch(process, &caller.key);
+        }
+        let is_known = |identity: &&ParentIdentity| {
+            caller.project_root.is_some() && caller.parent(&identity.instance) == **identity
+        };
+        let known: Vec<WeakKey> = self
+            .parents
+            .values()
+            .filter(is_known)
+            .map(ParentIdentity::weak_key)
+            .collect();
+        for key in known {
+            let workshop = &self.workshop;
+            self.primings
+                .entry(key)
+                .or_insert_with(|| Priming::start(key, workshop.clone()))
+                .tell(Message::Begin(number));
+        }
+    }
+
+    /// Has the end of a process end its build.
+    fn watch(&self, process: &Process, key: &BuildKey) {
+        let exited = self.exited.clone();
+        let key = key.clone();
+        match process.watch() {
+            Ok(ended) => {
+                task::spawn("build process", async move {
+                    ended.wait().await;
+                    // An engine that is gone ends its builds otherwise.
+                    let _ = exited.send(key).await;
+                });
+            }
+            Err(_) => {
+                // It has ended already.
+                let _ = exited.try_send(key);
+            }
+        }
+    }
+
+    fn lookup(&mut self, call: Call) {
+        const OK: u32 = tonic::Code::Ok as u32;
+        const NOT_FOUND: u32 = tonic::Code::NotFound as u32;
+        match call.answer.status {
+            Some(OK) => {
+                let result: Option<ActionResult> = call.answer.last_message();
+                self.asked_for(call, result);
+            }
+            Some(NOT_FOUND) => {
+                self.build_of(&call.origin)
+                    .count(&call.key, Asked::Missed, Duration::ZERO);
+            }
+            _ => {}
+        }
+    }
+
+    fn execution(&mut self, call: Call) {
+        let result = call
+            .answer
+            .last_message::<Operation>()
+            .filter(|operation| operation.done)
+            .and_then(|operation| match operation.result {
+                Some(operation::Result::Response(any)) => {
+                    prost::Message::decode(any.value.as_ref()).ok()
+                }
+                _ => None,
+            })
+            .and_then(|response: ExecuteResponse| response.result);
+        if call.joined.is_none() {
+            self.build_of(&call.origin)
+                .count(&call.key, Asked::Missed, Duration::ZERO);
+        }
+        self.asked_for(call, result);
+    }
+
+    /// Counts an answered call and keeps the action for recording.
+    fn asked_for(&mut self, call: Call, result: Option<ActionResult>) {
+        let flights = self.workshop.flights.clone();
+        let build = self.build_of(&call.origin);
+        let executed = result.as_ref().and_then(execution_time).unwrap_or_default();
+        match call.joined {
+            Some(waited) => {
+                build.count(&call.key, Asked::Joined, executed.saturating_sub(waited));
+                flights.use_primed(&call.key, build.number);
+            }
+            None => match flights.use_primed(&call.key, build.number) {
+                Some(primed) => build.count(&call.key, Asked::Hit, primed.execution),
+                None => build.count(&call.key, Asked::Cached, Duration::ZERO),
+            },
+        }
+        let Some(mut result) = result.filter(|result| result.exit_code == 0) else {
+            return;
+        };
+        result.stdout_raw.clear();
+        result.stderr_raw.clear();
+        let result = Arc::new(result);
+        let caller = build.caller.clone();
+        if build.subactions.len() < MAX_SUBACTIONS {
+            build.keep(call.key.clone(), |order| Subaction {
+                action: call.key.action,
+                result: result.clone(),
+                order,
+                working_directory: caller.working_directory.clone(),
+                file_system_root: caller.file_system_root.clone(),
+            });
+        }
+        if call.joined.is_none() {
+            let parent = caller.parent(&call.key.instance).weak_key();
+            if let Some(priming) = self.primings.get(&parent) {
+                let action = call.key.action;
+                priming.tell(Message::Observed { action, result });
+            }
+        }
+    }
+
+    fn count_primed(&mut self, number: u64) {
+        let builds = self.open.values_mut().chain(&mut self.closed);
+        if let Some(build) = builds.into_iter().find(|build| build.number == number) {
+            build.primed += 1;
+        }
+    }
+
+    fn recorded(&mut self, recorded: Recorded) {
+        for key in &recorded.dropped {
+            self.parents.remove(key);
+        }
+        let key = recorded.parent.identity.weak_key();
+        self.parents.insert(key, recorded.parent.identity.clone());
+        if let Some(priming) = self.primings.get(&key) {
+            priming.tell(Message::Records(recorded.parent));
+        }
+        drop(recorded.activity);
+    }
+
+    /// Ends a build: what is queued for it is withdrawn, and it is recorded.
+    fn close(&mut self, key: &BuildKey) {
+        let Some(mut build) = self.open.remove(key) else {
+            return;
+        };
+        tracing::debug!(
+            build = build.caller.parent(&"".into()).label(),
+            "a build has ended"
+        );
+        build.ended_unix_ms = Some(clock::now_unix_ms());
+        let subactions = std::mem::take(&mut build.subactions);
+        let instances: HashSet<Arc<str>> = subactions
+            .keys()
+            .map(|key: &FlightKey| key.instance.clone())
+            .collect();
+        let parents = instances
+            .into_iter()
+            .map(|instance| (instance.clone(), build.caller.parent(&instance)))
+            .collect();
+        let in_use: HashSet<WeakKey> = self
+            .primings
+            .keys()
+            .filter(|key| {
+                self.parents.get(key).is_some_and(|identity| {
+                    let same = |build: &Build| build.caller.parent(&identity.instance) == *identity;
+                    self.open.values().any(same)
+                })
+            })
+            .copied()
+            .collect();
+        self.primings.retain(|key, _| in_use.contains(key));
+        if self.mode.records() && !subactions.is_empty() {
+            let activity = self.workshop.activities.begin();
+            let ended = Ended {
+                parents,
+                subactions,
+                activity,
+            };
+            if self.ended.try_send(ended).is_err() {
+                tracing::warn!("a build was not recorded: too many wait to be");
+            }
+        }
+        if build.has_asked() {
+            self.closed.push_front(build);
+            self.closed.truncate(REMEMBERED_BUILDS);
+        }
+    }
+
+    /// Ends the builds that belong to no build tool and have been silent for long enough.
+    fn close_silent(&mut self) {
+        let now = Instant::now();
+        let busy = self.workshop.flights.has_client_executions();
+        let silent: Vec<BuildKey> = self
+            .open
+            .iter()
+            .filter(|(_, build)| {
+                build.caller.ends_by_silence && now - build.last_call >= QUIET_TIME
+            })
+            .map(|(key, _)| key.clone())
+            .collect();
+        for key in silent {
+            if busy {
+                if let Some(build) = self.open.get_mut(&key) {
+                    build.last_call = now;
+                }
+            } else {
+                self.close(&key);
+            }
+        }
+    }
+
+    fn next_quiet(&self) -> Instant {
+        let by_calls = self
+            .open
+            .values()
+            .filter(|build| build.caller.ends_by_silence);
+        let next = by_calls.map(|build| build.last_call + QUIET_TIME).min();
+        next.unwrap_or_else(|| Instant::now() + Duration::from_secs(3600))
+    }
+
+    fn answer(&mut self, request: Request) {
+        match request {
+            Request::Status(reply) => {
+                let records = self.workshop.store.counts().unwrap_or_default();
+                let all = self.open.values().chain(&self.closed);
+                let mut builds: Vec<&Build> = all.filter(|build| build.has_asked()).collect();
+                builds.sort_by_key(|build| std::cmp::Reverse(build.number));
+                let status = Status {
+                    records,
+                    unadaptable: self.workshop.unadaptable.load(Ordering::Relaxed),
+                    builds: builds.into_iter().map(Build::status).collect(),
+                };
+                // Whoever asked may have gone.
+                let _ = reply.send(status);
+            }
+            Request::Wait(reply) => {
+                self.close_exited();
+                self.waiting.push(reply);
+            }
+            Request::Finish(reply) => {
+                let open: Vec<BuildKey> = self.open.keys().cloned().collect();
+                for key in open {
+                    self.close(&key);
+                }
+                self.waiting.push(reply);
+            }
+        }
+    }
+
+    /// Ends the builds whose process is gone, without waiting to be told.
+    fn close_exited(&mut self) {
+        let gone =
+            |key: &&BuildKey| matches!(key, BuildKey::Process(process) if !process.is_alive());
+        let exited: Vec<BuildKey> = self.open.keys().filter(gone).cloned().collect();
+        for key in exited {
+            self.close(&key);
+        }
+    }
+
+    fn answer_waiting(&mut self) {
+        let counts = self.workshop.flights.counts();
+        let quiet = self.open.is_empty()
+            && self.workshop.activities.is_quiet()
+            && counts.queued + counts.running == 0;
+        if quiet {
+            for reply in self.waiting.drain(..) {
+                let _ = reply.send(());
+            }
+        }
+    }
+}

@@ -1,0 +1,73 @@
+//! The speculation engine: it records what builds execute, finds where each input came from, and
+//! executes ahead of time what the next build will ask for.
+//!
+//! `engine` receives what the proxy's taps saw and asks the others to act: `record` → `store` →
+//! `generate` after a build; `schedule` → `resolve` → `instantiate` when the next one begins.
+//! The proxy holds an [`Engine`] and asks it one question: is this digest in flight?
+
+mod activity;
+mod builds;
+pub mod engine;
+pub mod flights;
+mod generate;
+mod instantiate;
+mod lane;
+pub mod observation;
+mod parent;
+mod priming;
+mod record;
+mod recorder;
+mod resolve;
+mod schedule;
+pub mod store;
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Instant;
+
+use tokio::sync::{mpsc, oneshot};
+
+use flights::{FlightKey, Flights};
+use observation::{CallOrigin, Observation};
+
+/// The proxy's handle on the engine. All its methods return at once or wait for a bounded time,
+/// whatever state the engine is in.
+#[derive(Clone)]
+pub struct Engine {
+    observations: mpsc::Sender<Observation>,
+    flights: Arc<Flights>,
+    dropped: Arc<AtomicU64>,
+}
+
+impl Engine {
+    /// What is in flight.
+    pub fn flights(&self) -> &Arc<Flights> {
+        &self.flights
+    }
+
+    /// Tells the engine what a tap saw. If the engine is too far behind, the observation is
+    /// dropped and counted.
+    pub fn observe(&self, observation: Observation) {
+        if self.observations.try_send(observation).is_err() {
+            self.count_dropped();
+        }
+    }
+
+    /// Counts an observation that could not be kept.
+    pub fn count_dropped(&self) {
+        self.dropped.fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// Waits until the engine has worked out whether `key` is about to be executed, but not past
+    /// `deadline`. Then `Flights` knows.
+    pub async fn ask(&self, origin: CallOrigin, key: FlightKey, deadline: Instant) {
+        let (reply, answered) = oneshot::channel();
+        let question = Observation::Question { origin, key, reply };
+        if self.observations.try_send(question).is_err() {
+            self.count_dropped();
+            return;
+        }
+        // An engine that is gone drops `reply`, and that answers the question too.
+        let _ = tokio::time::timeout_at(deadline.into(), answered).await;
+    }
+}

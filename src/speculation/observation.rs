@@ -1,0 +1,145 @@
+//! What the proxy's taps tell the engine: raw bytes, decoded here and off the path.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use bytes::{Buf, Bytes};
+use http::HeaderValue;
+use prost::Message;
+use tokio::sync::oneshot;
+
+use super::flights::FlightKey;
+use crate::backend::remote::decode_request_metadata;
+use crate::reapi::RequestMetadata;
+use crate::workspace::peer::Peer;
+
+/// Where a call came from.
+#[derive(Clone, Debug)]
+pub struct CallOrigin {
+    /// The connection.
+    pub peer: Arc<Peer>,
+    /// REAPI's `RequestMetadata`, still encoded.
+    pub metadata: Option<HeaderValue>,
+}
+
+impl CallOrigin {
+    /// Decodes the `RequestMetadata`; empty where there is none.
+    pub fn request_metadata(&self) -> RequestMetadata {
+        self.metadata
+            .as_ref()
+            .and_then(decode_request_metadata)
+            .unwrap_or_default()
+    }
+}
+
+/// One thing that the proxy saw.
+#[derive(Debug)]
+pub enum Observation {
+    /// The first call on a connection has begun.
+    FirstCall(CallOrigin),
+    /// A `GetActionResult` was answered.
+    Lookup(Call),
+    /// An `Execute` was answered to its end.
+    Execution(Call),
+    /// A lookup found nothing, and the client would now be told so. The engine drops `reply`
+    /// once it has worked out whether the action is about to be executed.
+    Question {
+        /// Who asked.
+        origin: CallOrigin,
+        /// What was looked up.
+        key: FlightKey,
+        /// Closed when the question is answered: see `Flights::join`.
+        reply: oneshot::Sender<()>,
+    },
+    /// A connection has ended.
+    Disconnected(u64),
+}
+
+/// A call about one action, with its answer.
+#[derive(Debug)]
+pub struct Call {
+    /// Who called.
+    pub origin: CallOrigin,
+    /// The action it was about.
+    pub key: FlightKey,
+    /// When the call began.
+    pub began: Instant,
+    /// How long the client waited for a flight that it joined; `None` if it joined none.
+    pub joined: Option<Duration>,
+    /// What the client was told.
+    pub answer: Answer,
+}
+
+/// The answer to a call: its gRPC status and its body as it was sent.
+#[derive(Clone, Debug, Default)]
+pub struct Answer {
+    /// gRPC status code; `None` if the call was cut off before it had one.
+    pub status: Option<u32>,
+    /// Length-prefixed messages, split anywhere.
+    pub body: Vec<Bytes>,
+}
+
+impl Answer {
+    /// An answer of status OK with one message.
+    pub fn of_message(framed: Bytes) -> Self {
+        Answer {
+            status: Some(0),
+            body: vec![framed],
+        }
+    }
+
+    /// The last message, decoded. `None` if there is none, or if it is compressed or malformed.
+    pub fn last_message<M: Message + Default>(&self) -> Option<M> {
+        let mut body: Bytes = match self.body.as_slice() {
+            [] => return None,
+            [only] => only.clone(),
+            parts => parts.concat().into(),
+        };
+        let mut last = None;
+        while body.len() >= FRAME_HEADER {
+            let compressed = body.get_u8() != 0;
+            let length = body.get_u32() as usize;
+            if length > body.len() {
+                return None;
+            }
+            let message = body.split_to(length);
+            last = (!compressed).then_some(message);
+        }
+        M::decode(last?).ok()
+    }
+}
+
+/// Length of the prefix of a gRPC message: a flag and a big-endian length.
+pub const FRAME_HEADER: usize = 5;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::reapi::ActionResult;
+
+    #[test]
+    fn the_last_message_is_decoded_however_the_body_was_split() {
+        let frame = |exit_code| {
+            let message = ActionResult {
+                exit_code,
+                ..ActionResult::default()
+            }
+            .encode_to_vec();
+            let mut framed = vec![0];
+            framed.extend_from_slice(&(message.len() as u32).to_be_bytes());
+            framed.extend_from_slice(&message);
+            framed
+        };
+        let whole = Bytes::from([frame(1), frame(2)].concat());
+        for split in 0..whole.len() {
+            let answer = Answer {
+                status: Some(0),
+                body: vec![whole.slice(..split), whole.slice(split..)],
+            };
+            let last: ActionResult = answer.last_message().unwrap();
+            assert_eq!(last.exit_code, 2);
+        }
+        let truncated = Answer::of_message(whole.slice(..whole.len() - 1));
+        assert_eq!(truncated.last_message::<ActionResult>(), None);
+    }
+}

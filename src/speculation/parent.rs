@@ -1,0 +1,339 @@
+//! What is known of a parent: the base actions that were recorded for it, and its overlay table.
+
+use std::collections::HashMap;
+use std::fmt;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use bytes::Bytes;
+use prost::Message;
+use sha2::{Digest as _, Sha256};
+
+use crate::cas::Digest;
+use crate::cas::digest::required;
+use crate::reapi::{Action, digest_function};
+
+/// The identity of a parent that stays the same when only file contents change.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct WeakKey(pub [u8; 32]);
+
+impl fmt::Debug for WeakKey {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        fmt::Display::fmt(self, f)
+    }
+}
+
+impl fmt::Display for WeakKey {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.iter().try_for_each(|byte| write!(f, "{byte:02x}"))
+    }
+}
+
+/// What an invocation parent is known by.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct ParentIdentity {
+    /// REAPI's instance name.
+    pub instance: Arc<str>,
+    /// The user whose processes ask; `None` for clients on other machines.
+    pub uid: Option<u32>,
+    /// Where the build tool runs, if it can be seen.
+    pub project_root: Option<PathBuf>,
+    /// The build tool's name.
+    pub tool: String,
+}
+
+impl ParentIdentity {
+    /// The digest of what identifies the parent. The tool counts only where no root is known.
+    pub fn weak_key(&self) -> WeakKey {
+        use std::os::unix::ffi::OsStrExt;
+        let mut hasher = Sha256::new();
+        let mut field = |bytes: &[u8]| {
+            hasher.update((bytes.len() as u64).to_be_bytes());
+            hasher.update(bytes);
+        };
+        field(b"primed invocation parent");
+        field(&(digest_function::Value::Sha256 as i32).to_be_bytes());
+        field(self.instance.as_bytes());
+        field(
+            self.uid
+                .map(u32::to_be_bytes)
+                .as_ref()
+                .map_or(b"", |uid| uid),
+        );
+        match &self.project_root {
+            Some(root) => field(root.as_os_str().as_bytes()),
+            None => field(self.tool.as_bytes()),
+        }
+        WeakKey(hasher.finalize().into())
+    }
+
+    /// For people: the tool and where it ran.
+    pub fn label(&self) -> String {
+        match &self.project_root {
+            Some(root) => format!("{} in {}", self.tool, root.display()),
+            None => self.tool.clone(),
+        }
+    }
+}
+
+/// Everything recorded about one parent.
+#[derive(Clone, Debug)]
+pub struct Parent {
+    /// Who it is.
+    pub identity: ParentIdentity,
+    /// Its base actions, each under its subaction key.
+    pub actions: HashMap<SubactionKey, Arc<BaseAction>>,
+    /// Where the files of their input trees came from.
+    pub overlays: OverlayTable,
+    /// Milliseconds since 1970.
+    pub last_seen_unix_ms: i64,
+}
+
+impl Parent {
+    /// A parent of which nothing is recorded yet.
+    pub fn new(identity: ParentIdentity) -> Self {
+        Parent {
+            identity,
+            actions: HashMap::new(),
+            overlays: OverlayTable::default(),
+            last_seen_unix_ms: 0,
+        }
+    }
+}
+
+/// The identity of one subaction across builds: its `Action` without the input root, and the
+/// directory that its input tree stands for. (One `make` may run the same command in two places.)
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct SubactionKey {
+    /// The action key: digest of the `Action` without its input root.
+    pub action_key: Digest,
+    /// See `BaseAction::mount`.
+    pub mount: Option<PathBuf>,
+}
+
+/// A subaction as it was recorded in an earlier build.
+#[derive(Clone, Debug, PartialEq)]
+pub struct BaseAction {
+    /// Digest of the action.
+    pub digest: Digest,
+    /// The encoded `Action`.
+    pub encoded: Bytes,
+    /// Its input tree.
+    pub input_root: Digest,
+    /// Absolute directory that the root of the input tree stands for, where known.
+    pub mount: Option<PathBuf>,
+    /// The root of the client's file system as primed sees it.
+    pub file_system_root: PathBuf,
+    /// Where the command runs, relative to the input root.
+    pub working_directory: String,
+    /// Files that it wrote: paths relative to the input root, without `.` and `..`.
+    pub outputs: Vec<(String, Digest)>,
+    /// How long the worker ran it.
+    pub duration: Duration,
+    /// Its place in the order in which its build asked.
+    pub order: u64,
+    /// Milliseconds since 1970.
+    pub last_seen_unix_ms: i64,
+}
+
+/// Why an action cannot be recorded.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum Unrecordable {
+    /// The blob is no `Action`, or one that does not re-encode to its own bytes.
+    #[error("it is malformed, or holds fields that primed does not know")]
+    Malformed,
+    /// The client asked that it be not cached: it must not be executed ahead of time.
+    #[error("it is marked do_not_cache")]
+    DoNotCache,
+}
+
+/// The parts of an encoded `Action` that recording needs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ActionParts {
+    /// Digest of the `Action` without its input root.
+    pub action_key: Digest,
+    /// Its `Command`.
+    pub command: Digest,
+    /// Its input tree.
+    pub input_root: Digest,
+}
+
+/// Takes an encoded `Action` apart.
+///
+/// # Errors
+/// `Unrecordable`, when it must be left alone.
+pub fn action_parts(encoded: &Bytes) -> Result<ActionParts, Unrecordable> {
+    let mut action = Action::decode(encoded.clone()).map_err(|_| Unrecordable::Malformed)?;
+    if action.do_not_cache {
+        return Err(Unrecordable::DoNotCache);
+    }
+    if encoded != &action.encode_to_vec() {
+        return Err(Unrecordable::Malformed);
+    }
+    let command = required(action.command_digest.as_ref()).map_err(|_| Unrecordable::Malformed)?;
+    let input_root = action.input_root_digest.take();
+    let input_root = required(input_root.as_ref()).map_err(|_| Unrecordable::Malformed)?;
+    Ok(ActionParts {
+        action_key: Digest::of_message(&action).0,
+        command,
+        input_root,
+    })
+}
+
+/// The encoded `Action` with another input tree, and its digest.
+pub fn with_input_root(encoded: &Bytes, input_root: Digest) -> Option<(Digest, Bytes)> {
+    let mut action = Action::decode(encoded.clone()).ok()?;
+    action.input_root_digest = Some(input_root.to_proto());
+    Some(Digest::of_message(&action))
+}
+
+/// Where a file of an input tree came from.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum Origin {
+    /// A source file, by its absolute path.
+    Source(PathBuf),
+    /// An output of another subaction: that base action, and the path relative to its input root.
+    Action {
+        /// Digest of the base action.
+        action: Digest,
+        /// Path of the output.
+        path: String,
+    },
+}
+
+/// For each file digest in the recorded input trees, all its origins.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct OverlayTable {
+    origins: HashMap<Digest, Vec<Origin>>,
+}
+
+impl OverlayTable {
+    /// Adds one overlay, unless it is there already.
+    pub fn add(&mut self, target: Digest, origin: Origin) {
+        let origins = self.origins.entry(target).or_default();
+        if !origins.contains(&origin) {
+            origins.push(origin);
+        }
+    }
+
+    /// All origins of `target`.
+    pub fn origins(&self, target: &Digest) -> &[Origin] {
+        self.origins.get(target).map_or(&[], Vec::as_slice)
+    }
+
+    /// Every overlay, in no particular order.
+    pub fn iter(&self) -> impl Iterator<Item = (&Digest, &Origin)> {
+        self.origins
+            .iter()
+            .flat_map(|(target, origins)| origins.iter().map(move |origin| (target, origin)))
+    }
+
+    /// The distinct source files that overlays name.
+    pub fn sources(&self) -> std::collections::HashSet<&Path> {
+        self.iter()
+            .filter_map(|(_, origin)| match origin {
+                Origin::Source(path) => Some(path.as_path()),
+                Origin::Action { .. } => None,
+            })
+            .collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn action(input: &str) -> Action {
+        Action {
+            command_digest: Some(Digest::of(b"command").to_proto()),
+            input_root_digest: Some(Digest::of(input.as_bytes()).to_proto()),
+            ..Action::default()
+        }
+    }
+
+    #[test]
+    fn the_action_key_ignores_the_input_root_and_nothing_else() {
+        let parts = |action: &Action| action_parts(&Bytes::from(action.encode_to_vec())).unwrap();
+        let one = parts(&action("one"));
+        let two = parts(&action("two"));
+        assert_eq!(one.action_key, two.action_key);
+        assert_ne!(one.input_root, two.input_root);
+        let salted = Action {
+            salt: Bytes::from_static(b"x"),
+            ..action("one")
+        };
+        assert_ne!(parts(&salted).action_key, one.action_key);
+    }
+
+    #[test]
+    fn actions_that_must_be_left_alone_are_refused() {
+        let mut uncacheable = action("one");
+        uncacheable.do_not_cache = true;
+        let encoded = uncacheable.encode_to_vec().into();
+        assert_eq!(action_parts(&encoded), Err(Unrecordable::DoNotCache));
+        let mut unknown_field = action("one").encode_to_vec();
+        unknown_field.extend([0xf8, 0x3f, 1]); // field 1023
+        assert_eq!(
+            action_parts(&unknown_field.into()),
+            Err(Unrecordable::Malformed)
+        );
+        assert_eq!(action_parts(&Bytes::new()), Err(Unrecordable::Malformed));
+    }
+
+    #[test]
+    fn another_input_root_is_all_that_changes() {
+        let encoded = Bytes::from(action("one").encode_to_vec());
+        let expected = Digest::of_message(&action("two"));
+        assert_eq!(
+            with_input_root(&encoded, Digest::of(b"two")),
+            Some(expected)
+        );
+    }
+
+    #[test]
+    fn weak_keys_differ_by_every_part_of_the_identity() {
+        let identity = ParentIdentity {
+            instance: "".into(),
+            uid: Some(1000),
+            project_root: Some("/p".into()),
+            tool: "make".into(),
+        };
+        let mut keys = vec![identity.weak_key()];
+        keys.push(
+            ParentIdentity {
+                instance: "x".into(),
+                ..identity.clone()
+            }
+            .weak_key(),
+        );
+        keys.push(
+            ParentIdentity {
+                uid: None,
+                ..identity.clone()
+            }
+            .weak_key(),
+        );
+        keys.push(
+            ParentIdentity {
+                project_root: Some("/q".into()),
+                ..identity.clone()
+            }
+            .weak_key(),
+        );
+        keys.push(
+            ParentIdentity {
+                project_root: None,
+                ..identity.clone()
+            }
+            .weak_key(),
+        );
+        let distinct: std::collections::HashSet<_> = keys.iter().collect();
+        assert_eq!(distinct.len(), keys.len());
+        let other_tool = ParentIdentity {
+            tool: "ninja".into(),
+            ..identity.clone()
+        };
+        assert_eq!(other_tool.weak_key(), identity.weak_key());
+    }
+}

@@ -1,0 +1,555 @@
+//! One parent being primed: while a build of it runs, a task of its own looks at the workspace,
+//! adapts the recorded actions to what changed, uploads what they need and queues them.
+//!
+//! Messages are dealt with one after the other. A question is answered when all that came before
+//! it is settled, so "is this digest in flight?" has its answer by then.
+
+use std::collections::{HashMap, HashSet};
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Instant;
+
+use bytes::Bytes;
+use tokio::sync::{mpsc, oneshot};
+use tokio::task::JoinSet;
+use tonic::Status;
+
+use super::activity::{Activities, Activity};
+use super::flights::{FlightKey, Flights, Landing, Outcome};
+use super::instantiate::Blob;
+use super::parent::{Parent, WeakKey};
+use super::record::output_files;
+use super::schedule::{Outputs, Plan, Ready};
+use super::store::Store;
+use crate::backend::Backend;
+use crate::cas::Digest;
+use crate::cas::directories::{Directory, DirectoryCache};
+use crate::cas::transfer::Cas;
+use crate::reapi::ActionResult;
+use crate::task;
+use crate::workspace::index::{self, FileIndex};
+
+/// Messages that may wait for a priming that is busy.
+const MAILBOX: usize = 16 * 1024;
+/// Landings that may wait for it.
+const LANDINGS: usize = 1024;
+/// Actions that are looked up and uploaded together. The first ones are few, so that the lane
+/// has work soon.
+const FIRST_BATCH: usize = 16;
+const BATCH: usize = 256;
+/// Lookups under way at once.
+const LOOKUPS: usize = 16;
+/// Looking at the workspace again for a miss may take this part of the time: one tenth.
+const SCAN_SHARE: u32 = 10;
+
+/// What all primings share.
+#[derive(Clone)]
+pub struct Workshop {
+    /// What is in flight.
+    pub flights: Arc<Flights>,
+    /// Where actions are executed and looked up.
+    pub backend: Arc<dyn Backend>,
+    /// Where blobs are read and uploaded.
+    pub cas: Cas,
+    /// Parsed directories.
+    pub directories: DirectoryCache,
+    /// Source files.
+    pub index: Arc<FileIndex>,
+    /// The records.
+    pub store: Arc<Store>,
+    /// What is under way.
+    pub activities: Activities,
+    /// Base actions that could not be adapted, ever.
+    pub unadaptable: Arc<AtomicU64>,
+    /// Told of each result that was primed: the build it was primed for.
+    pub primed: mpsc::Sender<u64>,
+}
+
+/// A handle on a priming. When it is dropped, what is queued is withdrawn.
+pub struct Priming {
+    mailbox: mpsc::Sender<(Message, Activity)>,
+    activities: Activities,
+}
+
+/// What a priming is told.
+pub enum Message {
+    /// A build has begun, or an earlier one found something else than expected: look at the
+    /// workspace. The number names the build that speculative work is done for.
+    Begin(u64),
+    /// A client's lookup found nothing. `reply` is dropped when the plan is settled.
+    Question {
+        /// What was looked up.
+        action: Digest,
+        /// When.
+        asked: Instant,
+        /// Closed for an answer.
+        reply: oneshot::Sender<()>,
+    },
+    /// The records were replaced.
+    Records(Arc<Parent>),
+    /// A client has a result that primed did not bring it.
+    Observed {
+        /// Of this action.
+        action: Digest,
+        /// With exit code 0.
+        result: Arc<ActionResult>,
+    },
+}
+
+impl Priming {
+    /// Starts a priming of the parent that is recorded under `key`.
+    pub fn start(key: WeakKey, workshop: Workshop) -> Self {
+        let (mailbox, messages) = mpsc::channel(MAILBOX);
+        let activities = workshop.activities.clone();
+        let (landed, landings) = mpsc::channel(LANDINGS);
+        let (to_prepare, waves) = mpsc::channel(LANDINGS);
+        let worker = Worker {
+            key,
+            parent: None,
+            plan: None,
+            results: HashMap::new(),
+            last_scan: None,
+            build: 0,
+            landed,
+            to_prepare,
+            workshop: workshop.clone(),
+        };
+        task::spawn("preparation", prepare(workshop, waves));
+        task::spawn("priming", worker.run(messages, landings));
+        Priming {
+            mailbox,
+            activities,
+        }
+    }
+
+    /// Tells it something. If it is too far behind, it is not told: a question is then answered
+    /// at once.
+    pub fn tell(&self, message: Message) {
+        // Dropping what does not fit is the answer.
+        let _ = self.mailbox.try_send((message, self.activities.begin()));
+    }
+}
+
+/// The ready actions of one step of a plan.
+struct Wave {
+    instance: Arc<str>,
+    ready: Vec<Ready>,
+    _activity: Activity,
+}
+
+struct Worker {
+    key: WeakKey,
+    parent: Option<Arc<Parent>>,
+    plan: Option<Plan>,
+    /// Outputs of adapted actions, of this plan and those before it.
+    results: HashMap<Digest, Outputs>,
+    last_scan: Option<Scan>,
+    build: u64,
+    landed: mpsc::Sender<Landing>,
+    to_prepare: mpsc::Sender<Wave>,
+    workshop: Workshop,
+}
+
+struct Scan {
+    began: Instant,
+    ended: Instant,
+}
+
+impl Worker {
+    async fn run(
+        mut self,
+        mut messages: mpsc::Receiver<(Message, Activity)>,
+        mut landings: mpsc::Receiver<Landing>,
+    ) {
+        loop {
+            tokio::select! {
+                biased;
+                Some(landing) = landings.recv() => self.land(landing, true).await,
+                message = messages.recv() => match message {
+                    Some((message, _activity)) => self.deal_with(message).await,
+                    None => break,
+                },
+            }
+        }
+        self.withdraw(|_| true);
+        // What has started goes on, and is still counted.
+        while self
+            .awaited()
+            .any(|key| self.workshop.flights.is_in_flight(&key))
+        {
+            match landings.recv().await {
+                Some(landing) => self.land(landing, false).await,
+                None => break,
+            }
+        }
+    }
+
+    async fn deal_with(&mut self, message: Message) {
+        match message {
+            Message::Begin(build) => {
+                self.build = build;
+                self.look_at_workspace().await;
+            }
+            Message::Question {
+                action,
+                asked,
+                reply,
+            } => {
+                let expected = self.plan.as_ref().is_some_and(|plan| plan.awaits(&action));
+                if !expected && self.may_scan_for(asked) {
+                    self.look_at_workspace().await;
+                }
+                drop(reply);
+            }
+            Message::Records(parent) => {
+                self.parent = Some(parent);
+                self.plan = None;
+                self.look_at_workspace().await;
+            }
+            Message::Observed { action, result } => {
+                if self.plan.as_ref().is_some_and(|plan| plan.awaits(&action)) {
+                    self.complete(action, Some(&result), true).await;
+                }
+            }
+        }
+    }
+
+    /// Whether a miss at `asked` is a reason to look at the workspace again: something may have
+    /// been edited or generated since the last look, but looking must stay cheap.
+    fn may_scan_for(&self, asked: Instant) -> bool {
+        match &self.last_scan {
+            None => true,
+            Some(scan) => {
+                let pause = (scan.ended - scan.began) * SCAN_SHARE;
+                scan.began < asked && scan.ended.elapsed() >= pause
+            }
+        }
+    }
+
+    /// Compares the sources with what was recorded and plans anew if they changed since the last
+    /// plan. What was queued for another state of the sources is withdrawn.
+    async fn look_at_workspace(&mut self) {
+        let Some(parent) = self.parent().await else {
+            return;
+        };
+        let began = Instant::now();
+        let index = self.workshop.index.clone();
+        let scanned = parent.clone();
+        let sources = task::blocking("workspace scan", move || {
+            let sources = scanned.overlays.sources().into_iter();
+            sources
+                .map(|path| (path.to_owned(), index.digest(path).ok()))
+                .collect::<HashMap<PathBuf, Option<Digest>>>()
+        })
+        .await;
+        self.last_scan = Some(Scan {
+            began,
+            ended: Instant::now(),
+        });
+        let Some(sources) = sources else {
+            return;
+        };
+        let same = |plan: &Plan| *plan.sources() == sources && Arc::ptr_eq(plan.parent(), &parent);
+        if self.plan.as_ref().is_some_and(same) {
+            return;
+        }
+        let roots: Vec<Digest> = parent
+            .actions
+            .values()
+            .map(|base| base.input_root)
+            .collect();
+        let instance = parent.identity.instance.clone();
+        let workshop = &self.workshop;
+        let trees = match workshop
+            .directories
+            .load(&workshop.cas, &instance, roots)
+            .await
+        {
+            Ok(trees) => trees,
+            Err(status) => {
+                tracing::warn!(parent = parent.identity.label(), %status, "input trees cannot be read; nothing is primed");
+                return;
+            }
+        };
+        let results = std::mem::take(&mut self.results);
+        let planned = task::blocking("planning", move || {
+            let mut plan = Plan::new(parent, trees, sources);
+            let ready = plan.start(&results);
+            (plan, ready, results)
+        })
+        .await;
+        let Some((plan, ready, results)) = planned else {
+            return;
+        };
+        self.results = results;
+        let superseded = self.plan.replace(plan);
+        if let (Some(old), Some(new)) = (superseded, &self.plan) {
+            for action in old.awaited().filter(|action| !new.awaits(action)) {
+                self.workshop.flights.withdraw(&flight(&instance, *action));
+            }
+        }
+        self.report_unadaptable();
+        self.launch(ready).await;
+    }
+
+    async fn parent(&mut self) -> Option<Arc<Parent>> {
+        if self.parent.is_none() {
+            let store = self.workshop.store.clone();
+            let key = self.key;
+            self.parent = match task::blocking("loading records", move || store.load(key)).await? {
+                Ok(parent) => parent.map(Arc::new),
+                Err(error) => {
+                    tracing::warn!(%error, "records cannot be read; nothing is primed");
+                    None
+                }
+            };
+        }
+        self.parent.clone()
+    }
+
+    /// Announces what is ready, at once and all together, and has it prepared.
+    async fn launch(&mut self, mut ready: Vec<Ready>) {
+        let Some(parent) = &self.parent else {
+            return;
+        };
+        let instance = parent.identity.instance.clone();
+        ready.retain(|ready| {
+            let key = flight(&instance, ready.adapted.action);
+            self.workshop.flights.announce(&key, &self.landed)
+        });
+        if ready.is_empty() {
+            return;
+        }
+        tracing::debug!(
+            parent = parent.identity.label(),
+            actions = ready.len(),
+            "adapted"
+        );
+        let wave = Wave {
+            instance,
+            ready,
+            _activity: self.workshop.activities.begin(),
+        };
+        if let Err(mpsc::error::SendError(wave)) = self.to_prepare.send(wave).await {
+            self.withdraw(|key| {
+                wave.ready
+                    .iter()
+                    .any(|ready| ready.adapted.action == key.action)
+            });
+        }
+    }
+
+    async fn land(&mut self, landing: Landing, go_on: bool) {
+        let action = landing.key.action;
+        match landing.outcome {
+            Outcome::Primed(result) => {
+                // The engine is told last of all, by a channel that it drains promptly.
+                let _ = self.workshop.primed.send(self.build).await;
+                self.complete(action, Some(&result), go_on).await;
+            }
+            Outcome::Cached(result) => self.complete(action, Some(&result), go_on).await,
+            Outcome::Failed => self.complete(action, None, go_on).await,
+            // The client may yet execute it, and then it is observed.
+            Outcome::Abandoned => {}
+        }
+    }
+
+    async fn complete(&mut self, action: Digest, result: Option<&ActionResult>, go_on: bool) {
+        let (Some(plan), Some(parent)) = (&self.plan, &self.parent) else {
+            return;
+        };
+        let instance = parent.identity.instance.clone();
+        let outputs = match result {
+            Some(result) => {
+                let directory = plan
+                    .working_directory(&action)
+                    .unwrap_or_default()
+                    .to_owned();
+                match output_files(&self.workshop.cas, &instance, &directory, result).await {
+                    Ok(outputs) => Some(outputs),
+                    Err(status) => {
+                        tracing::debug!(%action, %status, "outputs cannot be read");
+                        None
+                    }
+                }
+            }
+            None => None,
+        };
+        if let Some(outputs) = &outputs {
+            self.results.insert(action, outputs.clone());
+        }
+        let Some(mut plan) = self.plan.take() else {
+            return;
+        };
+        let results = std::mem::take(&mut self.results);
+        let advanced = task::blocking("planning", move || {
+            let ready = plan.complete(action, outputs, &results);
+            (plan, ready, results)
+        })
+        .await;
+        let Some((plan, ready, results)) = advanced else {
+            return;
+        };
+        self.plan = Some(plan);
+        self.results = results;
+        self.report_unadaptable();
+        if go_on {
+            self.launch(ready).await;
+        }
+    }
+
+    fn report_unadaptable(&mut self) {
+        for (action, reason) in self.plan.iter_mut().flat_map(Plan::take_unadaptable) {
+            self.workshop.unadaptable.fetch_add(1, Ordering::Relaxed);
+            tracing::debug!(%action, %reason, "a recorded action cannot be adapted");
+        }
+    }
+
+    fn awaited(&self) -> impl Iterator<Item = FlightKey> {
+        let instance = self
+            .parent
+            .as_ref()
+            .map(|parent| parent.identity.instance.clone());
+        let awaited = self.plan.iter().flat_map(Plan::awaited);
+        awaited.filter_map(move |action| Some(flight(instance.as_ref()?, *action)))
+    }
+
+    fn withdraw(&self, which: impl Fn(&FlightKey) -> bool) {
+        for key in self.awaited().filter(which) {
+            self.workshop.flights.withdraw(&key);
+        }
+    }
+}
+
+fn flight(instance: &Arc<str>, action: Digest) -> FlightKey {
+    FlightKey {
+        instance: instance.clone(),
+        action,
+    }
+}
+
+/// Looks up and uploads the actions of each wave, and submits those that are not cached.
+async fn prepare(workshop: Workshop, mut waves: mpsc::Receiver<Wave>) {
+    let mut uploaded = HashSet::new();
+    while let Some(wave) = waves.recv().await {
+        let mut rest = wave.ready.as_slice();
+        let mut size = FIRST_BATCH;
+        while !rest.is_empty() {
+            let (batch, later) = rest.split_at(size.min(rest.len()));
+            prepare_batch(&workshop, &wave, batch, &mut uploaded).await;
+            rest = later;
+            size = BATCH;
+        }
+    }
+}
+
+async fn prepare_batch(
+    workshop: &Workshop,
+    wave: &Wave,
+    batch: &[Ready],
+    uploaded: &mut HashSet<Digest>,
+) {
+    let missing = look_up(workshop, wave, batch).await;
+    let mut known = uploaded.clone();
+    let mut needed = HashMap::new();
+    for ready in &missing {
+        ready.adapted.collect_blobs(&mut known, &mut needed);
+    }
+    let directories = workshop.directories.clone();
+    let blobs = task::blocking("reading sources", move || read_blobs(needed, &directories)).await;
+    let sent = match blobs {
+        Some(blobs) => workshop.cas.upload(&wave.instance, &blobs).await,
+        None => Err(Status::internal("the sources could not be read")),
+    };
+    match sent {
+        Ok(()) => {
+            *uploaded = known;
+            for ready in missing {
+                let key = flight(&wave.instance, ready.adapted.action);
+                workshop.flights.submit(&key, ready.urgency);
+            }
+        }
+        Err(status) => {
+            tracing::warn!(%status, actions = missing.len(), "the inputs of adapted actions cannot be uploaded; they are left to the client");
+            for ready in missing {
+                settle(workshop, wave, ready, Outcome::Abandoned).await;
+            }
+        }
+    }
+}
+
+/// Asks the action cache for each action of a batch: after an edit was taken back, for example,
+/// the results are there. Returns those that are not.
+async fn look_up<'a>(workshop: &Workshop, wave: &Wave, batch: &'a [Ready]) -> Vec<&'a Ready> {
+    let queued = |ready: &&Ready| {
+        let key = flight(&wave.instance, ready.adapted.action);
+        workshop.flights.is_queued(&key)
+    };
+    let mut missing = Vec::with_capacity(batch.len());
+    let mut lookups = JoinSet::new();
+    let mut waiting = batch.iter().filter(queued);
+    loop {
+        while lookups.len() < LOOKUPS {
+            let Some(ready) = waiting.next() else {
+                break;
+            };
+            let backend = workshop.backend.clone();
+            let instance = wave.instance.clone();
+            let action = ready.adapted.action;
+            lookups.spawn(async move { (action, backend.action_result(&instance, action).await) });
+        }
+        let Some(answered) = lookups.join_next().await else {
+            return missing;
+        };
+        // A lookup that panicked or failed leaves its action out of the cached ones.
+        let Ok((action, answer)) = answered else {
+            continue;
+        };
+        let Some(ready) = batch.iter().find(|ready| ready.adapted.action == action) else {
+            continue;
+        };
+        match answer {
+            Ok(Some(result)) if result.exit_code == 0 => {
+                settle(workshop, wave, ready, Outcome::Cached(Arc::new(result))).await;
+            }
+            // A failure that is cached is the client's to see.
+            Ok(Some(_)) => settle(workshop, wave, ready, Outcome::Abandoned).await,
+            Ok(None) | Err(_) => missing.push(ready),
+        }
+    }
+}
+
+async fn settle(workshop: &Workshop, wave: &Wave, ready: &Ready, outcome: Outcome) {
+    let landing = Landing {
+        key: flight(&wave.instance, ready.adapted.action),
+        outcome,
+        activity: workshop.activities.begin(),
+    };
+    workshop.flights.settle(landing).await;
+}
+
+/// The bytes of what is needed. A source file that has changed once more is left out: the action
+/// that was to read it is out of date, and the backend will refuse it.
+fn read_blobs(
+    needed: HashMap<Digest, Blob>,
+    directories: &DirectoryCache,
+) -> HashMap<Digest, Bytes> {
+    let mut blobs = HashMap::with_capacity(needed.len());
+    for (digest, blob) in needed {
+        match blob {
+            Blob::Made(encoded) => {
+                if let Some(directory) = Directory::parse(encoded.clone()) {
+                    directories.insert(digest, Arc::new(directory));
+                }
+                blobs.insert(digest, encoded);
+            }
+            Blob::File(path) => {
+                if let Some(content) = index::read(&path, digest) {
+                    blobs.insert(digest, content);
+                }
+            }
+        }
+    }
+    blobs
+}

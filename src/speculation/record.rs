@@ -1,0 +1,307 @@
+//! Recording: turns what a build asked for into base actions. The `Action`s and `Command`s are
+//! read back from the CAS, where the client or primed itself has put them.
+
+use std::collections::HashMap;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use bytes::Bytes;
+use prost::Message;
+use tonic::Status;
+
+use super::parent::{BaseAction, Parent, SubactionKey, action_parts};
+use super::schedule::Outputs;
+use crate::cas::Digest;
+use crate::cas::digest::required;
+use crate::cas::transfer::Cas;
+use crate::reapi::{ActionResult, Command, Directory, ExecutedActionMetadata, Tree};
+
+/// An action that a build executed, or found in the action cache.
+#[derive(Clone, Debug)]
+pub struct Subaction {
+    /// Digest of the action.
+    pub action: Digest,
+    /// Its result, with exit code 0.
+    pub result: Arc<ActionResult>,
+    /// Its place in the order in which the build asked.
+    pub order: u64,
+    /// Where the client that asked ran, if it could be seen.
+    pub working_directory: Option<PathBuf>,
+    /// The root of that client's file system.
+    pub file_system_root: PathBuf,
+}
+
+/// Records `subactions` in `parent`. Returns how many could not be recorded.
+///
+/// # Errors
+/// The backend's status, when it cannot be asked; `parent` is then as it was.
+pub async fn record(
+    cas: &Cas,
+    parent: &mut Parent,
+    subactions: &[Subaction],
+    now_unix_ms: i64,
+) -> Result<usize, Status> {
+    let instance = parent.identity.instance.clone();
+    let known: HashMap<Digest, Arc<BaseAction>> = parent
+        .actions
+        .values()
+        .map(|base| (base.digest, base.clone()))
+        .collect();
+    let new = subactions.iter().map(|subaction| subaction.action);
+    let new = new.filter(|action| !known.contains_key(action));
+    let actions = cas.fetch(&instance, new).await?;
+    let commands = actions
+        .values()
+        .filter_map(|blob| Some(action_parts(blob).ok()?.command));
+    let commands = cas.fetch(&instance, commands).await?;
+    let mut unrecorded = 0;
+    let mut recorded = Vec::with_capacity(subactions.len());
+    for subaction in subactions {
+        let base = match known.get(&subaction.action) {
+            // Seen again, unchanged; where it is worked on may be known better than before.
+            Some(base) => BaseAction {
+                order: subaction.order,
+                ..base.as_ref().clone()
+            },
+            None => match base_action(subaction, &actions, &commands) {
+                Some(base) => base,
+                None => {
+                    unrecorded += 1;
+                    continue;
+                }
+            },
+        };
+        let outputs =
+            output_files(cas, &instance, &base.working_directory, &subaction.result).await?;
+        recorded.push(BaseAction {
+            outputs,
+            duration: execution_time(&subaction.result).unwrap_or(base.duration),
+            last_seen_unix_ms: now_unix_ms,
+            ..base
+        });
+    }
+    for base in recorded {
+        supersede(parent, base);
+    }
+    parent.last_seen_unix_ms = now_unix_ms;
+    Ok(unrecorded)
+}
+
+fn base_action(
+    subaction: &Subaction,
+    actions: &HashMap<Digest, Bytes>,
+    commands: &HashMap<Digest, Bytes>,
+) -> Option<BaseAction> {
+    let encoded = actions.get(&subaction.action)?;
+    let parts = action_parts(encoded)
+        .inspect_err(|reason| tracing::debug!(action = %subaction.action, %reason, "not recorded"))
+        .ok()?;
+    let command = Command::decode(commands.get(&parts.command)?.clone()).ok()?;
+    let mount = subaction
+        .working_directory
+        .as_deref()
+        .and_then(|directory| strip_suffix(directory, &command.working_directory));
+    Some(BaseAction {
+        digest: subaction.action,
+        encoded: encoded.clone(),
+        input_root: parts.input_root,
+        mount,
+        file_system_root: subaction.file_system_root.clone(),
+        working_directory: command.working_directory,
+        outputs: Vec::new(),
+        duration: Duration::ZERO,
+        order: subaction.order,
+        last_seen_unix_ms: 0,
+    })
+}
+
+/// Puts `base` in the place of what it replaces: its own earlier form, and any other command
+/// that wrote the same files in the same place (the same compile with other flags, say).
+fn supersede(parent: &mut Parent, base: BaseAction) {
+    let Ok(parts) = action_parts(&base.encoded) else {
+        return;
+    };
+    if !base.outputs.is_empty() && base.mount.is_some() {
+        let paths = |base: &BaseAction| {
+            let mut paths: Vec<String> =
+                base.outputs.iter().map(|(path, _)| path.clone()).collect();
+            paths.sort_unstable();
+            paths
+        };
+        let written = paths(&base);
+        parent.actions.retain(|_, other| {
+            other.mount != base.mount
+                || other.outputs.len() != base.outputs.len()
+                || paths(other) != written
+        });
+    }
+    let key = SubactionKey {
+        action_key: parts.action_key,
+        mount: base.mount.clone(),
+    };
+    parent.actions.insert(key, Arc::new(base));
+}
+
+/// `directory` without `suffix`, if it ends so: the directory that the input root stands for.
+fn strip_suffix(directory: &Path, suffix: &str) -> Option<PathBuf> {
+    let mut rest = directory.to_owned();
+    let wanted: Vec<_> = Path::new(suffix).components().collect();
+    for component in wanted.into_iter().rev() {
+        if rest.components().next_back() != Some(component) {
+            return None;
+        }
+        rest.pop();
+    }
+    Some(rest)
+}
+
+/// How long a worker ran the action, if the result says so.
+pub fn execution_time(result: &ActionResult) -> Option<Duration> {
+    let metadata: &ExecutedActionMetadata = result.execution_metadata.as_ref()?;
+    let nanos = |time: &prost_types::Timestamp| {
+        i128::from(time.seconds) * 1_000_000_000 + i128::from(time.nanos)
+    };
+    let started = nanos(metadata.execution_start_timestamp.as_ref()?);
+    let completed = nanos(metadata.execution_completed_timestamp.as_ref()?);
+    u64::try_from(completed - started)
+        .ok()
+        .map(Duration::from_nanos)
+}
+
+/// The files that an action wrote, those in output directories too: paths relative to the input
+/// root. Directories that cannot be read are left out.
+///
+/// # Errors
+/// The backend's status, when it cannot be asked for an output directory.
+pub async fn output_files(
+    cas: &Cas,
+    instance: &str,
+    working_directory: &str,
+    result: &ActionResult,
+) -> Result<Outputs, Status> {
+    let mut outputs = Outputs::new();
+    for file in &result.output_files {
+        let path = normalized(working_directory, &file.path);
+        if let (Some(path), Ok(digest)) = (path, required(file.digest.as_ref())) {
+            outputs.push((path, digest));
+        }
+    }
+    let trees = result.output_directories.iter().filter_map(|directory| {
+        let path = normalized(working_directory, &directory.path)?;
+        Some((path, required(directory.tree_digest.as_ref()).ok()?))
+    });
+    let trees: Vec<(String, Digest)> = trees.collect();
+    if !trees.is_empty() {
+        let blobs = cas
+            .fetch(instance, trees.iter().map(|(_, tree)| *tree))
+            .await?;
+        for (path, tree) in trees {
+            if let Some(tree) = blobs
+                .get(&tree)
+                .and_then(|blob| Tree::decode(blob.clone()).ok())
+            {
+                files_of_tree(&path, &tree, &mut outputs);
+            }
+        }
+    }
+    outputs.sort_unstable();
+    Ok(outputs)
+}
+
+fn files_of_tree(path: &str, tree: &Tree, outputs: &mut Outputs) {
+    let children: HashMap<Digest, &Directory> = tree
+        .children
+        .iter()
+        .map(|child| (Digest::of_message(child).0, child))
+        .collect();
+    let mut open = vec![(path.to_owned(), tree.root.as_ref())];
+    // A tree in which one child stands at very many places is cut off.
+    let mut visits = 0;
+    while let Some((path, directory)) = open.pop() {
+        visits += 1;
+        let Some(directory) = directory.filter(|_| visits <= 100_000) else {
+            continue;
+        };
+        for file in &directory.files {
+            if let Ok(digest) = required(file.digest.as_ref()) {
+                outputs.push((format!("{path}/{}", file.name), digest));
+            }
+        }
+        for child in &directory.directories {
+            let directory = required(child.digest.as_ref()).ok();
+            let directory = directory.and_then(|digest| children.get(&digest).copied());
+            open.push((format!("{path}/{}", child.name), directory));
+        }
+    }
+}
+
+/// `path` in `directory` without `.` and `..`; `None` if it leads out of the input root.
+fn normalized(directory: &str, path: &str) -> Option<String> {
+    let mut parts: Vec<&str> = Vec::new();
+    for part in directory.split('/').chain(path.split('/')) {
+        match part {
+            "" | "." => {}
+            ".." => {
+                parts.pop()?;
+            }
+            name => parts.push(name),
+        }
+    }
+    (!parts.is_empty()).then(|| parts.join("/"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn output_paths_become_relative_to_the_input_root() {
+        assert_eq!(normalized("", "a.o").as_deref(), Some("a.o"));
+        assert_eq!(
+            normalized("build/x", "../a.o").as_deref(),
+            Some("build/a.o")
+        );
+        assert_eq!(
+            normalized("build", "./sub//a.o").as_deref(),
+            Some("build/sub/a.o")
+        );
+        assert_eq!(normalized("build", "../../a.o"), None);
+        assert_eq!(normalized("", "."), None);
+    }
+
+    #[test]
+    fn the_input_root_stands_for_the_directory_above_the_working_directory() {
+        let strip = |directory: &str, suffix| strip_suffix(Path::new(directory), suffix);
+        assert_eq!(strip("/home/me/p/src", "src"), Some("/home/me/p".into()));
+        assert_eq!(strip("/home/me/p", ""), Some("/home/me/p".into()));
+        assert_eq!(strip("/home/me/p", "other"), None);
+        assert_eq!(strip("/p", "a/b/p"), None);
+    }
+
+    #[test]
+    fn files_in_output_directories_are_outputs() {
+        let leaf = Directory {
+            files: vec![crate::reapi::FileNode {
+                name: "x.h".to_owned(),
+                digest: Some(Digest::of(b"x").to_proto()),
+                ..Default::default()
+            }],
+            ..Directory::default()
+        };
+        let root = Directory {
+            directories: vec![crate::reapi::DirectoryNode {
+                name: "sub".to_owned(),
+                digest: Some(Digest::of_message(&leaf).0.to_proto()),
+            }],
+            ..Directory::default()
+        };
+        let tree = Tree {
+            root: Some(root),
+            children: vec![leaf],
+        };
+        let mut outputs = Outputs::new();
+        files_of_tree("gen", &tree, &mut outputs);
+        assert_eq!(outputs, [("gen/sub/x.h".to_owned(), Digest::of(b"x"))]);
+    }
+}

@@ -1,0 +1,475 @@
+//! The records of earlier builds on disk: an embedded, crash-safe store in the state directory.
+//!
+//! The store may be missing, broken, locked or read-only; primed then says so once, keeps its
+//! records in memory, and goes on. A broken file is put aside, never deleted.
+
+use std::fs::DirBuilder;
+use std::io;
+use std::os::unix::ffi::{OsStrExt, OsStringExt};
+use std::os::unix::fs::DirBuilderExt;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use bytes::Bytes;
+use prost::Message;
+use redb::backends::InMemoryBackend;
+use redb::{
+    Database, DatabaseError, ReadableDatabase, ReadableTable, ReadableTableMetadata,
+    TableDefinition,
+};
+
+use super::parent::{
+    BaseAction, Origin, OverlayTable, Parent, ParentIdentity, SubactionKey, WeakKey, action_parts,
+};
+use crate::cas::Digest;
+use crate::cas::digest::required;
+use crate::reapi::buildstream::v2::speculative_actions::{Overlay, overlay::OverlayType};
+use crate::reapi::primed::store::v1 as proto;
+use crate::workspace::index::FileSignature;
+
+/// Under the weak key: `Parent`.
+const PARENTS: TableDefinition<'_, &[u8], &[u8]> = TableDefinition::new("parents-v1");
+/// Under the weak key and the action's digest: `BaseAction`.
+const ACTIONS: TableDefinition<'_, &[u8], &[u8]> = TableDefinition::new("actions-v1");
+/// Under the path: `FileState`.
+const FILES: TableDefinition<'_, &[u8], &[u8]> = TableDefinition::new("files-v1");
+
+const FILE_NAME: &str = "records.redb";
+/// How many base actions are kept in all. Least recently seen parents go first.
+const MAX_ACTIONS: u64 = 500_000;
+/// How many file states are kept. They only save hashing, so they go all at once.
+const MAX_FILES: u64 = 1_000_000;
+/// Memory for the store's own pages.
+const CACHE_BYTES: usize = 16 * 1024 * 1024;
+
+/// What went wrong inside the store.
+#[derive(Debug, thiserror::Error)]
+#[error("the record store failed: {0}")]
+pub struct StoreError(Box<redb::Error>);
+
+impl<E: Into<redb::Error>> From<E> for StoreError {
+    fn from(error: E) -> Self {
+        StoreError(Box::new(error.into()))
+    }
+}
+
+/// The record store.
+pub struct Store {
+    database: Database,
+}
+
+/// How many records there are.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct RecordCounts {
+    /// Base actions of all parents.
+    pub actions: u64,
+    /// Parents.
+    pub parents: u64,
+}
+
+/// A file with what its metadata were when it was hashed.
+pub type KnownFile = (PathBuf, (FileSignature, Digest));
+
+impl Store {
+    /// Opens the store in `directory`, or one in memory if that cannot be had. Blocks.
+    pub fn open(directory: &Path) -> Self {
+        match open_file(directory) {
+            Ok(database) => Store { database },
+            Err(reason) => {
+                tracing::warn!(
+                    directory = %directory.display(), %reason,
+                    "records cannot be kept on disk; they will be lost when primed stops"
+                );
+                Store::in_memory()
+            }
+        }
+    }
+
+    /// A store that lives as long as the process.
+    pub fn in_memory() -> Self {
+        #[allow(
+            clippy::expect_used,
+            reason = "an empty database in memory does no I/O"
+        )]
+        let database = Database::builder()
+            .create_with_backend(InMemoryBackend::new())
+            .expect("a database in memory can be created");
+        Store { database }
+    }
+
+    /// All parents, without their actions.
+    ///
+    /// # Errors
+    /// When the store cannot be read.
+    pub fn parents(&self) -> Result<Vec<(WeakKey, ParentIdentity)>, StoreError> {
+        let read = self.database.begin_read()?;
+        let Ok(table) = read.open_table(PARENTS) else {
+            return Ok(Vec::new());
+        };
+        let mut parents = Vec::new();
+        for entry in table.iter()? {
+            let (key, value) = entry?;
+            let identity = proto::Parent::decode(value.value())
+                .ok()
+                .map(|p| identity(&p));
+            match (<[u8; 32]>::try_from(key.value()), identity) {
+                (Ok(key), Some(identity)) => parents.push((WeakKey(key), identity)),
+                _ => tracing::warn!("a parent in the record store is malformed; it is ignored"),
+            }
+        }
+        Ok(parents)
+    }
+
+    /// How many records there are.
+    ///
+    /// # Errors
+    /// When the store cannot be read.
+    pub fn counts(&self) -> Result<RecordCounts, StoreError> {
+        let read = self.database.begin_read()?;
+        let length = |table| match read.open_table(table) {
+            Ok(table) => table.len(),
+            Err(_) => Ok(0),
+        };
+        Ok(RecordCounts {
+            actions: length(ACTIONS)?,
+            parents: length(PARENTS)?,
+        })
+    }
+
+    /// All that is recorded of one parent.
+    ///
+    /// # Errors
+    /// When the store cannot be read.
+    pub fn load(&self, key: WeakKey) -> Result<Option<Parent>, StoreError> {
+        let read = self.database.begin_read()?;
+        let (Ok(parents), Ok(actions)) = (read.open_table(PARENTS), read.open_table(ACTIONS))
+        else {
+            return Ok(None);
+        };
+        let Some(value) = parents.get(key.0.as_slice())? else {
+            return Ok(None);
+        };
+        let Ok(stored) = proto::Parent::decode(value.value()) else {
+            return Ok(None);
+        };
+        let mut parent = Parent {
+            identity: identity(&stored),
+            actions: Default::default(),
+            overlays: overlays(&stored.overlays),
+            last_seen_unix_ms: stored.last_seen_unix_ms,
+        };
+        let (first, last) = range_of(key);
+        for entry in actions.range(first.as_slice()..=last.as_slice())? {
+            let (_, value) = entry?;
+            let decoded = proto::BaseAction::decode(value.value()).ok();
+            match decoded.and_then(base_action) {
+                Some((key, base)) => {
+                    parent.actions.insert(key, Arc::new(base));
+                }
+                None => tracing::warn!("an action in the record store is malformed; it is ignored"),
+            }
+        }
+        Ok(Some(parent))
+    }
+
+    /// Replaces what is recorded of one parent, and drops the least recently seen parents if
+    /// there are too many actions now. Returns those dropped.
+    ///
+    /// # Errors
+    /// When the store cannot be written; it is then as it was.
+    pub fn save(&self, parent: &Parent, files: &[KnownFile]) -> Result<Vec<WeakKey>, StoreError> {
+        let key = parent.identity.weak_key();
+        let write = self.database.begin_write()?;
+        let mut dropped = Vec::new();
+        {
+            let mut parents = write.open_table(PARENTS)?;
+            let mut actions = write.open_table(ACTIONS)?;
+            let mut states = write.open_table(FILES)?;
+            let (first, last) = range_of(key);
+            actions.retain_in(first.as_slice()..=last.as_slice(), |_, _| false)?;
+            for base in parent.actions.values() {
+                let name = [key.0.as_slice(), base.digest.hash()].concat();
+                actions.insert(
+                    name.as_slice(),
+                    stored_action(base).encode_to_vec().as_slice(),
+                )?;
+            }
+            let stored = stored_parent(parent).encode_to_vec();
+            parents.insert(key.0.as_slice(), stored.as_slice())?;
+            if actions.len()? > MAX_ACTIONS {
+                let mut by_age = Vec::new();
+                for entry in parents.iter()? {
+                    let (name, value) = entry?;
+                    let seen = proto::Parent::decode(value.value())
+                        .map_or(0, |parent| parent.last_seen_unix_ms);
+                    if let Ok(name) = <[u8; 32]>::try_from(name.value()) {
+                        by_age.push((seen, WeakKey(name)));
+                    }
+                }
+                by_age.sort_unstable();
+                for (_, oldest) in by_age {
+                    if actions.len()? <= MAX_ACTIONS || oldest == key {
+                        break;
+                    }
+                    let (first, last) = range_of(oldest);
+                    actions.retain_in(first.as_slice()..=last.as_slice(), |_, _| false)?;
+                    parents.remove(oldest.0.as_slice())?;
+                    dropped.push(oldest);
+                }
+            }
+            if states.len()? > MAX_FILES {
+                states.retain(|_, _| false)?;
+            }
+            for (path, state) in files {
+                let stored = stored_file(state).encode_to_vec();
+                states.insert(path.as_os_str().as_bytes(), stored.as_slice())?;
+            }
+        }
+        write.commit()?;
+        Ok(dropped)
+    }
+
+    /// The file states that were saved.
+    ///
+    /// # Errors
+    /// When the store cannot be read.
+    pub fn files(&self) -> Result<Vec<KnownFile>, StoreError> {
+        let read = self.database.begin_read()?;
+        let Ok(table) = read.open_table(FILES) else {
+            return Ok(Vec::new());
+        };
+        let mut files = Vec::new();
+        for entry in table.iter()? {
+            let (path, value) = entry?;
+            let path = PathBuf::from(std::ffi::OsString::from_vec(path.value().to_vec()));
+            if let Some(state) = proto::FileState::decode(value.value())
+                .ok()
+                .and_then(known_file)
+            {
+                files.push((path, state));
+            }
+        }
+        Ok(files)
+    }
+}
+
+/// Why there is no store on disk.
+#[derive(Debug, thiserror::Error)]
+enum OpenError {
+    #[error("another primed uses it; give each its own --state-dir")]
+    InUse,
+    #[error("{0}; check that it exists and can be written")]
+    Io(#[from] io::Error),
+    #[error("{0}")]
+    Database(Box<DatabaseError>),
+}
+
+fn open_file(directory: &Path) -> Result<Database, OpenError> {
+    DirBuilder::new()
+        .recursive(true)
+        .mode(0o700)
+        .create(directory)?;
+    let path = directory.join(FILE_NAME);
+    match create(&path) {
+        Err(DatabaseError::DatabaseAlreadyOpen) => Err(OpenError::InUse),
+        // Garbage, or cut short, or of a version that this one does not read.
+        Err(reason) if path.exists() && is_broken(&reason) => {
+            let aside = (1..)
+                .map(|number| directory.join(format!("{FILE_NAME}.broken-{number}")))
+                .find(|aside| !aside.exists())
+                .unwrap_or_else(|| directory.join("broken"));
+            std::fs::rename(&path, &aside)?;
+            tracing::warn!(
+                kept_as = %aside.display(), %reason,
+                "the record store is broken; it was put aside and a new one begun"
+            );
+            create(&path).map_err(|error| OpenError::Database(Box::new(error)))
+        }
+        Err(DatabaseError::Storage(redb::StorageError::Io(error))) => Err(OpenError::Io(error)),
+        Err(other) => Err(OpenError::Database(Box::new(other))),
+        Ok(database) => Ok(database),
+    }
+}
+
+fn create(path: &Path) -> Result<Database, DatabaseError> {
+    let open = || Database::builder().set_cache_size(CACHE_BYTES).create(path);
+    // redb asserts on some kinds of damage: a store must never take the proxy down.
+    std::panic::catch_unwind(open).unwrap_or_else(|_| {
+        let damage = redb::StorageError::Corrupted("it cannot be parsed".to_owned());
+        Err(DatabaseError::Storage(damage))
+    })
+}
+
+fn is_broken(error: &DatabaseError) -> bool {
+    match error {
+        DatabaseError::Storage(redb::StorageError::Corrupted(_))
+        | DatabaseError::RepairAborted
+        | DatabaseError::UpgradeRequired(_) => true,
+        DatabaseError::Storage(redb::StorageError::Io(error)) => matches!(
+            error.kind(),
+            io::ErrorKind::InvalidData | io::ErrorKind::UnexpectedEof
+        ),
+        _ => false,
+    }
+}
+
+fn range_of(key: WeakKey) -> (Vec<u8>, Vec<u8>) {
+    let first = key.0.to_vec();
+    let last = [key.0.as_slice(), &[0xff; 33]].concat();
+    (first, last)
+}
+
+fn path_bytes(path: &Path) -> Bytes {
+    Bytes::copy_from_slice(path.as_os_str().as_bytes())
+}
+
+fn path_of(bytes: &[u8]) -> PathBuf {
+    PathBuf::from(std::ffi::OsString::from_vec(bytes.to_vec()))
+}
+
+fn stored_digest(digest: Digest) -> Option<proto::Digest> {
+    Some(proto::Digest {
+        hash: Bytes::copy_from_slice(digest.hash()),
+        size: digest.size(),
+    })
+}
+
+fn digest_of(stored: Option<&proto::Digest>) -> Option<Digest> {
+    let stored = stored?;
+    let hash = <[u8; 32]>::try_from(stored.hash.as_ref()).ok()?;
+    Some(Digest::from_parts(hash, stored.size))
+}
+
+fn stored_parent(parent: &Parent) -> proto::Parent {
+    proto::Parent {
+        tool: parent.identity.tool.clone(),
+        instance_name: parent.identity.instance.to_string(),
+        uid: parent.identity.uid,
+        project_root: parent.identity.project_root.as_deref().map(path_bytes),
+        last_seen_unix_ms: parent.last_seen_unix_ms,
+        overlays: parent
+            .overlays
+            .iter()
+            .map(|(target, origin)| stored_overlay(*target, origin))
+            .collect(),
+    }
+}
+
+fn identity(stored: &proto::Parent) -> ParentIdentity {
+    ParentIdentity {
+        instance: stored.instance_name.as_str().into(),
+        uid: stored.uid,
+        project_root: stored.project_root.as_deref().map(path_of),
+        tool: stored.tool.clone(),
+    }
+}
+
+fn stored_overlay(target: Digest, origin: &Origin) -> Overlay {
+    let mut overlay = Overlay {
+        target_digest: Some(target.to_proto()),
+        ..Overlay::default()
+    };
+    match origin {
+        Origin::Source(path) => {
+            overlay.set_type(OverlayType::Source);
+            overlay.source_path = path.to_string_lossy().into_owned();
+        }
+        Origin::Action { action, path } => {
+            overlay.set_type(OverlayType::Action);
+            overlay.source_action_digest = Some(action.to_proto());
+            overlay.source_path.clone_from(path);
+        }
+    }
+    overlay
+}
+
+fn overlays(stored: &[Overlay]) -> OverlayTable {
+    let mut table = OverlayTable::default();
+    for overlay in stored {
+        let Ok(target) = required(overlay.target_digest.as_ref()) else {
+            continue;
+        };
+        match overlay.r#type() {
+            OverlayType::Source => {
+                table.add(target, Origin::Source(overlay.source_path.clone().into()))
+            }
+            OverlayType::Action => {
+                if let Ok(action) = required(overlay.source_action_digest.as_ref()) {
+                    let path = overlay.source_path.clone();
+                    table.add(target, Origin::Action { action, path });
+                }
+            }
+            OverlayType::Artifact => {}
+        }
+    }
+    table
+}
+
+fn stored_action(base: &BaseAction) -> proto::BaseAction {
+    let root = base.file_system_root.as_path();
+    proto::BaseAction {
+        action: base.encoded.clone(),
+        mount: base.mount.as_deref().map(path_bytes),
+        file_system_root: (root != Path::new("/")).then(|| path_bytes(root)),
+        working_directory: base.working_directory.clone(),
+        outputs: base
+            .outputs
+            .iter()
+            .map(|(path, digest)| proto::Output {
+                path: path.clone(),
+                digest: stored_digest(*digest),
+            })
+            .collect(),
+        duration_us: u64::try_from(base.duration.as_micros()).unwrap_or(u64::MAX),
+        order: base.order,
+        last_seen_unix_ms: base.last_seen_unix_ms,
+    }
+}
+
+fn base_action(stored: proto::BaseAction) -> Option<(SubactionKey, BaseAction)> {
+    let parts = action_parts(&stored.action).ok()?;
+    let outputs = stored
+        .outputs
+        .into_iter()
+        .map(|output| Some((output.path, digest_of(output.digest.as_ref())?)))
+        .collect::<Option<_>>()?;
+    let mount = stored.mount.as_deref().map(path_of);
+    let root = stored.file_system_root.as_deref();
+    let base = BaseAction {
+        digest: Digest::of(&stored.action),
+        input_root: parts.input_root,
+        mount: mount.clone(),
+        file_system_root: root.map_or_else(|| PathBuf::from("/"), path_of),
+        working_directory: stored.working_directory,
+        outputs,
+        duration: Duration::from_micros(stored.duration_us),
+        order: stored.order,
+        last_seen_unix_ms: stored.last_seen_unix_ms,
+        encoded: stored.action,
+    };
+    let action_key = parts.action_key;
+    Some((SubactionKey { action_key, mount }, base))
+}
+
+fn stored_file((signature, digest): &(FileSignature, Digest)) -> proto::FileState {
+    proto::FileState {
+        size: signature.size,
+        modified_ns: signature.modified_ns,
+        changed_ns: signature.changed_ns,
+        inode: signature.inode,
+        device: signature.device,
+        digest: stored_digest(*digest),
+    }
+}
+
+fn known_file(stored: proto::FileState) -> Option<(FileSignature, Digest)> {
+    let signature = FileSignature {
+        size: stored.size,
+        modified_ns: stored.modified_ns,
+        changed_ns: stored.changed_ns,
+        inode: stored.inode,
+        device: stored.device,
+    };
+    Some((signature, digest_of(stored.digest.as_ref())?))
+}

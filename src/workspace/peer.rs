@@ -1,0 +1,55 @@
+//! Who is at the other end of a connection.
+
+use std::net::SocketAddr;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+/// A connected client.
+#[derive(Debug)]
+pub struct Peer {
+    id: u64,
+    origin: PeerOrigin,
+}
+
+/// How a client came in.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum PeerOrigin {
+    /// By a Unix socket: the kernel says which process connected, and whose it is.
+    Local {
+        /// Process id, where the kernel can express it in this namespace.
+        pid: Option<i32>,
+        /// User id.
+        uid: u32,
+    },
+    /// By TCP.
+    Tcp(SocketAddr),
+}
+
+static NEXT_ID: AtomicU64 = AtomicU64::new(1);
+
+impl Peer {
+    /// A new peer with an id of its own.
+    pub fn new(origin: PeerOrigin) -> Self {
+        Peer {
+            id: NEXT_ID.fetch_add(1, Ordering::Relaxed),
+            origin,
+        }
+    }
+
+    /// Differs for each connection.
+    pub fn id(&self) -> u64 {
+        self.id
+    }
+
+    /// How it came in.
+    pub fn origin(&self) -> PeerOrigin {
+        self.origin
+    }
+
+    /// Whether its processes run on this machine.
+    pub fn is_on_this_machine(&self) -> bool {
+        match self.origin {
+            PeerOrigin::Local { .. } => true,
+            PeerOrigin::Tcp(address) => address.ip().is_loopback(),
+        }
+    }
+}
