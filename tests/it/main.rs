@@ -1,0 +1,5 @@
+//! Tests of the whole: primed as its users run it, with real recc and buildbox-casd.
+
+mod project;
+mod rebuild;
+mod support;

@@ -1,0 +1,143 @@
+//! A C program of many files that is built by `make` through recc.
+
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    reason = "a test that cannot set the stage fails"
+)]
+
+use std::fmt::Write as _;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output};
+
+use crate::support::{make, tool};
+
+/// Translation units that include `common.h`; `main.c` comes on top of them and does not.
+pub const UNITS: usize = 42;
+/// Those among them that include `few.h`, which the Makefile generates from `few.in`.
+pub const FEW: usize = 5;
+
+/// The project on disk, and how it is built.
+pub struct Project {
+    pub directory: PathBuf,
+    environment: Vec<(String, String)>,
+}
+
+impl Project {
+    /// Writes the project into `directory`; its clients talk to `server`.
+    pub fn create(directory: &Path, server: &str) -> Self {
+        let directory = directory.join("project");
+        std::fs::create_dir_all(directory.join("src")).unwrap();
+        std::fs::create_dir_all(directory.join("include")).unwrap();
+        let project = Project {
+            directory,
+            environment: vec![
+                ("RECC_SERVER".to_owned(), server.to_owned()),
+                ("RECC_LINK".to_owned(), "1".to_owned()),
+            ],
+        };
+        project.write("include/common.h", "#define COMMON 1\n");
+        project.write("few.in", "1\n");
+        let mut main = String::new();
+        let mut sum = String::from("0");
+        for unit in 0..UNITS {
+            let include = if unit < FEW {
+                "#include \"few.h\"\n"
+            } else {
+                "#define FEW 0\n"
+            };
+            let source = format!(
+                "#include \"common.h\"\n{include}int unit{unit}(void) {{ return COMMON + FEW; }}\n"
+            );
+            project.write(&format!("src/unit{unit}.c"), &source);
+            writeln!(main, "int unit{unit}(void);").unwrap();
+            write!(sum, " + unit{unit}()").unwrap();
+        }
+        writeln!(
+            main,
+            "#include <stdio.h>\nint main(void) {{ printf(\"%d\\n\", {sum}); return 0; }}"
+        )
+        .unwrap();
+        project.write("src/main.c", &main);
+        project.write(
+            "Makefile",
+            "SOURCES := $(wildcard src/*.c)\n\
+             OBJECTS := $(SOURCES:src/%.c=build/%.o)\n\
+             build/program: $(OBJECTS)\n\
+             \t$(RECC) cc -o $@ $(OBJECTS)\n\
+             build/%.o: src/%.c include/common.h build/few.h Makefile\n\
+             \t$(RECC) cc -O1 -Iinclude -Ibuild -c $< -o $@\n\
+             build/few.h: few.in\n\
+             \tmkdir -p build\n\
+             \techo \"#define FEW $$(cat few.in)\" > $@\n\
+             clean:\n\
+             \trm -rf build\n",
+        );
+        project
+    }
+
+    /// Sets a variable for the build.
+    pub fn with(mut self, name: &str, value: &str) -> Self {
+        self.environment.push((name.to_owned(), value.to_owned()));
+        self
+    }
+
+    pub fn write(&self, path: &str, content: &str) {
+        std::fs::write(self.directory.join(path), content).unwrap();
+    }
+
+    pub fn append(&self, path: &str, content: &str) {
+        let path = self.directory.join(path);
+        let old = std::fs::read_to_string(&path).unwrap();
+        std::fs::write(path, old + content).unwrap();
+    }
+
+    /// Runs `make -j2` with `arguments`.
+    pub fn make(&self, arguments: &[&str]) -> Output {
+        let mut command = Command::new(make());
+        for (name, _) in std::env::vars_os() {
+            if name.to_string_lossy().starts_with("RECC_") {
+                command.env_remove(name);
+            }
+        }
+        command
+            .current_dir(&self.directory)
+            .env_remove("MAKEFLAGS")
+            .env_remove("MAKELEVEL")
+            .envs(self.environment.iter().map(|(name, value)| (name, value)))
+            .arg("-j2")
+            .arg(format!("RECC={}", tool("recc").display()))
+            .args(arguments)
+            .output()
+            .unwrap()
+    }
+
+    /// Builds; fails the test if the build fails.
+    pub fn build(&self) {
+        let output = self.make(&[]);
+        assert!(
+            output.status.success(),
+            "{}{}",
+            String::from_utf8_lossy(&output.stdout),
+            String::from_utf8_lossy(&output.stderr)
+        );
+    }
+
+    /// Builds everything anew, with nothing left of earlier builds in the project.
+    pub fn rebuild(&self) {
+        assert!(self.make(&["clean"]).status.success());
+        self.build();
+    }
+
+    /// What the program prints.
+    pub fn run(&self) -> i64 {
+        let output = Command::new(self.directory.join("build/program"))
+            .output()
+            .unwrap();
+        String::from_utf8(output.stdout)
+            .unwrap()
+            .trim()
+            .parse()
+            .unwrap()
+    }
+}
