@@ -1,1 +1,251 @@
+//! The main job: a recorded build, a change, and a next build that finds its compiles and its
+//! link in the action cache. Real recc, real make, real buildbox-casd with local execution.
 
+use tempfile::TempDir;
+
+use crate::project::{FEW, Project, UNITS};
+use crate::support::{Casd, Counts, Primed, scratch};
+
+/// Every compile and the link.
+const ALL: u64 = UNITS as u64 + 2;
+
+/// A project that was built once through primed.
+struct Stage {
+    project: Project,
+    primed: Primed,
+    casd: Casd,
+    _scratch: TempDir,
+}
+
+impl Stage {
+    fn set(variables: &[(&str, &str)]) -> Self {
+        let scratch = scratch();
+        let casd = Casd::start(scratch.path(), 4);
+        let primed = Primed::start(scratch.path(), &casd.address());
+        let mut project = Project::create(scratch.path(), &primed.address());
+        for (name, value) in variables {
+            project = project.with(name, value);
+        }
+        let stage = Stage {
+            project,
+            primed,
+            casd,
+            _scratch: scratch,
+        };
+        let first = stage.build();
+        let expected = Counts {
+            asked: ALL,
+            cached: 0,
+            hit: 0,
+            joined: 0,
+            missed: ALL,
+            primed: 0,
+            used: 0,
+        };
+        assert_eq!(first, expected, "the first build");
+        assert_eq!(stage.primed.status()["records"]["actions"], ALL);
+        assert_eq!(stage.project.run(), sum(1, 1));
+        stage
+    }
+
+    /// Builds what is out of date and waits until it is recorded.
+    fn build(&self) -> Counts {
+        self.project.build();
+        self.counts()
+    }
+
+    /// Builds everything anew and waits until it is recorded.
+    fn rebuild(&self) -> Counts {
+        self.project.rebuild();
+        self.counts()
+    }
+
+    fn counts(&self) -> Counts {
+        self.primed.wait();
+        Counts::newest(&self.primed.status())
+    }
+
+    /// Every asked-for action was cached or primed, and everything primed was of use.
+    #[track_caller]
+    fn assert_primed(&self, counts: Counts, cached: u64, primed: u64) {
+        let shown = format!("{counts:?}\n{}", self.primed.daemon.log());
+        assert_eq!(counts.missed, 0, "{shown}");
+        assert_eq!(counts.cached, cached, "{shown}");
+        assert_eq!(counts.hit + counts.joined, primed, "{shown}");
+        assert_eq!(counts.primed, primed, "precision is 1: {shown}");
+        assert_eq!(counts.used, primed, "{shown}");
+    }
+
+    fn common(&self, value: i64) {
+        let content = format!("#define COMMON {value}\n");
+        self.project.write("include/common.h", &content);
+    }
+}
+
+/// What the program prints.
+fn sum(common: i64, few: i64) -> i64 {
+    common * UNITS as i64 + few * FEW as i64
+}
+
+#[test]
+fn nothing_changed_is_all_cached_and_nothing_is_primed() {
+    let stage = Stage::set(&[]);
+    let counts = stage.rebuild();
+    stage.assert_primed(counts, ALL, 0);
+}
+
+#[test]
+fn one_source_changed_primes_its_compile_and_the_link() {
+    let stage = Stage::set(&[]);
+    stage
+        .project
+        .append("src/unit7.c", "int added(void) { return 7; }\n");
+    let counts = stage.build();
+    stage.assert_primed(counts, 0, 2);
+    assert_eq!(stage.project.run(), sum(1, 1));
+}
+
+#[test]
+fn the_common_header_changed_primes_all_that_include_it_and_the_link() {
+    let stage = Stage::set(&[]);
+    stage.common(2);
+    let counts = stage.rebuild();
+    // main.c does not include it.
+    stage.assert_primed(counts, 1, ALL - 1);
+    assert_eq!(stage.project.run(), sum(2, 1));
+}
+
+#[test]
+fn a_generated_header_changed_primes_the_few_that_include_it_and_the_link() {
+    let stage = Stage::set(&[]);
+    stage.project.write("few.in", "3\n");
+    let counts = stage.build();
+    let few = FEW as u64;
+    stage.assert_primed(counts, ALL - few - 1, few + 1);
+    assert_eq!(stage.project.run(), sum(1, 3));
+}
+
+#[test]
+fn a_change_that_leaves_the_objects_equal_primes_no_link() {
+    let stage = Stage::set(&[]);
+    stage.project.write(
+        "include/common.h",
+        "#define COMMON 1 // said more clearly\n",
+    );
+    let counts = stage.rebuild();
+    // The link and main.c are as they were.
+    stage.assert_primed(counts, 2, ALL - 2);
+    assert_eq!(stage.project.run(), sum(1, 1));
+}
+
+#[test]
+fn a_build_that_was_all_hits_was_recorded_too() {
+    let stage = Stage::set(&[]);
+    for value in 2..5 {
+        stage.common(value);
+        let counts = stage.rebuild();
+        stage.assert_primed(counts, 1, ALL - 1);
+        assert_eq!(stage.project.run(), sum(value, 1));
+    }
+    stage.common(2);
+    let counts = stage.rebuild();
+    stage.assert_primed(counts, ALL, 0);
+    assert_eq!(
+        stage.project.run(),
+        sum(2, 1),
+        "a change taken back is cached"
+    );
+}
+
+#[test]
+fn records_survive_a_restart() {
+    let mut stage = Stage::set(&[]);
+    stage.primed = stage.primed.restart(&stage.casd.address());
+    assert_eq!(stage.primed.status()["records"]["actions"], ALL);
+    stage.common(2);
+    let counts = stage.rebuild();
+    stage.assert_primed(counts, 1, ALL - 1);
+    assert_eq!(stage.project.run(), sum(2, 1));
+}
+
+#[test]
+fn system_headers_in_the_input_tree_change_nothing() {
+    let stage = Stage::set(&[("RECC_DEPS_GLOBAL_PATHS", "1")]);
+    stage.common(2);
+    let counts = stage.rebuild();
+    stage.assert_primed(counts, 1, ALL - 1);
+    assert_eq!(stage.project.run(), sum(2, 1));
+}
+
+#[test]
+fn clients_that_leave_hashing_to_casd_are_primed_too() {
+    let stage = Stage::set(&[("RECC_USE_LOCALCAS", "1")]);
+    stage.common(2);
+    let counts = stage.rebuild();
+    stage.assert_primed(counts, 1, ALL - 1);
+    assert_eq!(stage.project.run(), sum(2, 1));
+}
+
+#[test]
+fn a_project_root_above_the_working_directory_is_found() {
+    let stage = Stage::set(&[("RECC_PROJECT_ROOT", "/tmp")]);
+    stage.common(2);
+    let counts = stage.rebuild();
+    stage.assert_primed(counts, 1, ALL - 1);
+    assert_eq!(stage.project.run(), sum(2, 1));
+}
+
+#[test]
+fn a_new_include_is_missed_without_harm_and_known_the_next_time() {
+    let stage = Stage::set(&[]);
+    stage.project.write("include/new.h", "#define NEW 10\n");
+    stage.project.write(
+        "include/common.h",
+        "#include \"new.h\"\n#define COMMON NEW\n",
+    );
+    let counts = stage.rebuild();
+    let compiles = UNITS as u64;
+    assert_eq!(counts.asked, ALL, "{counts:?}");
+    assert_eq!(counts.cached, 1, "{counts:?}");
+    assert_eq!(
+        counts.missed,
+        compiles + 1 - counts.hit - counts.joined,
+        "{counts:?}"
+    );
+    assert!(
+        counts.missed >= compiles,
+        "what reads the new file: {counts:?}"
+    );
+    assert_eq!(stage.project.run(), sum(10, 1));
+
+    stage.project.write("include/new.h", "#define NEW 11\n");
+    let counts = stage.rebuild();
+    stage.assert_primed(counts, 1, ALL - 1);
+    assert_eq!(stage.project.run(), sum(11, 1));
+}
+
+#[test]
+fn a_broken_header_fails_as_it_would_without_primed_and_the_repair_builds() {
+    let stage = Stage::set(&[]);
+    stage
+        .project
+        .write("include/common.h", "#define COMMON oops oops\n");
+    let output = stage.project.make(&["-k"]);
+    assert!(!output.status.success());
+    let said = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert!(
+        said.contains("oops"),
+        "the compiler's words reach the user: {said}"
+    );
+    let counts = stage.counts();
+    assert_eq!(
+        (counts.hit, counts.joined, counts.missed),
+        (0, 0, UNITS as u64),
+        "{counts:?}"
+    );
+
+    stage.common(4);
+    let counts = stage.rebuild();
+    stage.assert_primed(counts, 1, ALL - 1);
+    assert_eq!(stage.project.run(), sum(4, 1));
+}
