@@ -84,6 +84,7 @@ stop() {
 serve() {
     "${@:2}" >"$run/$1.log" 2>&1 &
     servers+=("$!")
+    disown # no word from the shell when it is stopped
 }
 
 # until_ready NAME COMMAND...: waits until COMMAND succeeds, while the newest server lives.

@@ -24,6 +24,7 @@ pub struct Tap {
     observed: Observed,
     call: Call,
     size: usize,
+    given_up: bool,
     /// Kept until the answer is complete, then dropped.
     _while_open: Option<Box<dyn Send>>,
 }
@@ -36,6 +37,7 @@ impl Tap {
             observed,
             call,
             size: 0,
+            given_up: false,
             _while_open: None,
         }
     }
@@ -49,16 +51,22 @@ impl Tap {
     /// Sees one chunk of the body.
     pub fn data(&mut self, chunk: &Bytes) {
         self.size += chunk.len();
-        if self.size <= MAX_ANSWER {
-            self.call.answer.body.push(chunk.clone());
-        } else {
-            self.call.answer.body.clear();
+        if self.given_up {
+            return;
+        }
+        let fits = self.size <= MAX_ANSWER;
+        match self.engine.room_for(chunk.len()).filter(|_| fits) {
+            Some(room) => self.call.answer.push(chunk.clone(), room),
+            None => {
+                self.given_up = true;
+                self.call.answer = Answer::default();
+            }
         }
     }
 
     /// The call has ended with `status`.
     pub fn end(mut self, status: Option<u32>) {
-        if self.size > MAX_ANSWER {
+        if self.given_up {
             self.engine.count_dropped();
             return;
         }

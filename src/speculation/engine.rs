@@ -8,7 +8,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
-use tokio::sync::{mpsc, oneshot};
+use tokio::sync::{Semaphore, mpsc, oneshot};
 
 use super::activity::Activities;
 pub use super::builds::BuildStatus;
@@ -20,7 +20,7 @@ use super::priming::{Message, Priming, Workshop};
 use super::record::{Subaction, execution_time};
 use super::recorder::{self, Ended, Recorded};
 use super::store::{RecordCounts, Store};
-use super::{Engine, lane};
+use super::{Engine, TAP_MEMORY_KIB, lane};
 use crate::backend::Backend;
 use crate::cas::directories::DirectoryCache;
 use crate::cas::transfer::Cas;
@@ -128,10 +128,12 @@ pub fn engine(parts: EngineParts) -> (Engine, mpsc::Sender<Request>, Runner) {
         Ok(known) => parents.extend(known),
         Err(error) => tracing::warn!(%error, "records cannot be read; nothing is primed"),
     }
+    let dropped = Arc::new(AtomicU64::new(0));
     let engine = Engine {
         observations: observed,
         flights: parts.flights,
-        dropped: Arc::new(AtomicU64::new(0)),
+        dropped: dropped.clone(),
+        memory: Arc::new(Semaphore::new(TAP_MEMORY_KIB)),
     };
     let runner = Runner {
         observations,
@@ -155,6 +157,8 @@ pub fn engine(parts: EngineParts) -> (Engine, mpsc::Sender<Request>, Runner) {
             ended,
             exited,
             builds: 0,
+            dropped,
+            reported: 0,
         },
     };
     (engine, asked, runner)
@@ -177,6 +181,9 @@ struct State {
     ended: mpsc::Sender<Ended>,
     exited: mpsc::Sender<BuildKey>,
     builds: u64,
+    /// Observations that were dropped, and how many of them the log knows of.
+    dropped: Arc<AtomicU64>,
+    reported: u64,
 }
 
 impl Runner {
@@ -205,6 +212,7 @@ impl Runner {
                 self.observations.is_empty() && self.primed.is_empty() && self.recorded.is_empty();
             if drained {
                 guarded(|| self.state.answer_waiting());
+                guarded(|| self.state.report_dropped());
             }
         }
     }
@@ -513,6 +521,18 @@ impl State {
         let exited: Vec<BuildKey> = self.open.keys().filter(gone).cloned().collect();
         for key in exited {
             self.close(&key);
+        }
+    }
+
+    fn report_dropped(&mut self) {
+        let dropped = self.dropped.load(Ordering::Relaxed);
+        if dropped > self.reported {
+            let now = dropped - self.reported;
+            tracing::warn!(
+                dropped = now,
+                "the engine fell behind; what it did not see is not recorded"
+            );
+            self.reported = dropped;
         }
     }
 

@@ -6,7 +6,7 @@
 //! client that wants a queued flight gets it started at once, whatever the cap; nothing here
 //! blocks longer than a short lock.
 
-use std::collections::{BTreeSet, HashMap};
+use std::collections::{BTreeSet, HashMap, VecDeque};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -136,7 +136,7 @@ pub struct Flights {
 struct State {
     flights: HashMap<FlightKey, Flight>,
     ready: BTreeSet<(Urgency, FlightKey)>,
-    wanted: Vec<FlightKey>,
+    wanted: VecDeque<FlightKey>,
     running: usize,
     clients: HashMap<FlightKey, usize>,
     completed: u64,
@@ -149,6 +149,13 @@ struct Flight {
     /// Set once the inputs are uploaded.
     ready: Option<Urgency>,
     wanted: bool,
+}
+
+/// An announced action that is to be submitted or settled. Dropping it abandons the flight.
+pub struct Announcement {
+    flights: Arc<Flights>,
+    key: FlightKey,
+    submitted: bool,
 }
 
 /// A flight that its runner must end. Dropping it abandons the flight.
@@ -179,18 +186,22 @@ impl Flights {
         })
     }
 
-    /// Announces an action that will be executed; `owner` is told when it lands. `false` if it
-    /// need not be submitted: it is in flight already, or a client is executing it itself.
-    pub fn announce(&self, key: &FlightKey, owner: &mpsc::Sender<Landing>) -> bool {
+    /// Announces an action that will be executed; `owner` is told when it lands. `None` if there
+    /// is nothing to submit: it is in flight already, or a client is executing it itself.
+    pub fn announce(
+        self: &Arc<Self>,
+        key: FlightKey,
+        owner: &mpsc::Sender<Landing>,
+    ) -> Option<Announcement> {
         let mut state = self.state.lock();
-        if let Some(flight) = state.flights.get_mut(key) {
+        if let Some(flight) = state.flights.get_mut(&key) {
             if !flight.owners.iter().any(|known| known.same_channel(owner)) {
                 flight.owners.push(owner.clone());
             }
-            return false;
+            return None;
         }
-        if state.clients.contains_key(key) {
-            return false;
+        if state.clients.contains_key(&key) {
+            return None;
         }
         let flight = Flight {
             stage: watch::Sender::new(Stage::Queued),
@@ -199,23 +210,11 @@ impl Flights {
             wanted: false,
         };
         state.flights.insert(key.clone(), flight);
-        true
-    }
-
-    /// Says that all that an announced action needs is in the CAS: it may start when it is its turn.
-    pub fn submit(&self, key: &FlightKey, urgency: Urgency) {
-        let mut state = self.state.lock();
-        let Some(flight) = state.flights.get_mut(key) else {
-            return;
-        };
-        flight.ready = Some(urgency);
-        if flight.wanted {
-            state.wanted.push(key.clone());
-        } else {
-            state.ready.insert((urgency, key.clone()));
-        }
-        drop(state);
-        self.changed.notify_one();
+        Some(Announcement {
+            flights: self.clone(),
+            key,
+            submitted: false,
+        })
     }
 
     /// Drops a flight that has not started and that no client waits for.
@@ -227,22 +226,6 @@ impl Flights {
         if unwanted {
             state.end(key, Ending::Abandoned);
         }
-    }
-
-    /// Ends an announced flight before it started: its result was there, or it cannot be had.
-    pub async fn settle(&self, landing: Landing) {
-        let key = landing.key.clone();
-        let _activity = landing.activity.clone();
-        let ending = match &landing.outcome {
-            Outcome::Cached(_) => Ending::Cached,
-            _ => Ending::Abandoned,
-        };
-        self.tell_owners(landing).await;
-        let mut state = self.state.lock();
-        if matches!(ending, Ending::Abandoned) {
-            state.failed += 1;
-        }
-        state.end(&key, ending);
     }
 
     async fn tell_owners(&self, landing: Landing) {
@@ -259,16 +242,6 @@ impl Flights {
             // An owner that is gone has lost interest.
             let _ = owner.send(copy).await;
         }
-    }
-
-    /// Whether `key` is announced and has not started.
-    pub fn is_queued(&self, key: &FlightKey) -> bool {
-        let state = self.state.lock();
-        let stage = state
-            .flights
-            .get(key)
-            .map(|flight| flight.stage.borrow().clone());
-        matches!(stage, Some(Stage::Queued))
     }
 
     /// Waits for the next flight whose turn it is. For the one task that runs the lane.
@@ -296,7 +269,7 @@ impl Flights {
             if let Some(urgency) = flight.ready
                 && state.ready.remove(&(urgency, key.clone()))
             {
-                state.wanted.push(key.clone());
+                state.wanted.push_back(key.clone());
                 self.changed.notify_one();
             }
         }
@@ -306,6 +279,12 @@ impl Flights {
     /// Whether `key` is announced and has not ended.
     pub fn is_in_flight(&self, key: &FlightKey) -> bool {
         self.state.lock().flights.contains_key(key)
+    }
+
+    /// Follows `key`, if it is in flight, without wanting it.
+    pub fn watch(&self, key: &FlightKey) -> Option<watch::Receiver<Stage>> {
+        let state = self.state.lock();
+        Some(state.flights.get(key)?.stage.subscribe())
     }
 
     /// Whether a client is executing anything itself.
@@ -366,7 +345,7 @@ impl State {
     /// Takes the next flight to start: first what clients wait for, then the most urgent while
     /// the lane has room. Each execution that clients run themselves takes room from the lane.
     fn take_next(&mut self, cap: usize) -> Option<FlightKey> {
-        let key = match self.wanted.pop() {
+        let key = match self.wanted.pop_front() {
             Some(key) => key,
             None => {
                 let clients: usize = self.clients.values().sum();
@@ -390,6 +369,60 @@ impl State {
                 self.wanted.retain(|wanted| wanted != key);
             }
             flight.stage.send_replace(Stage::Ended(ending));
+        }
+    }
+}
+
+impl Announcement {
+    /// What was announced.
+    pub fn key(&self) -> &FlightKey {
+        &self.key
+    }
+
+    /// Whether it is still to be submitted: it may have been withdrawn.
+    pub fn is_current(&self) -> bool {
+        self.flights.is_in_flight(&self.key)
+    }
+
+    /// Says that all that the action needs is in the CAS: it may start when it is its turn.
+    pub fn submit(mut self, urgency: Urgency) {
+        self.submitted = true;
+        let mut state = self.flights.state.lock();
+        let Some(flight) = state.flights.get_mut(&self.key) else {
+            return;
+        };
+        flight.ready = Some(urgency);
+        if flight.wanted {
+            state.wanted.push_back(self.key.clone());
+        } else {
+            state.ready.insert((urgency, self.key.clone()));
+        }
+        drop(state);
+        self.flights.changed.notify_one();
+    }
+
+    /// Ends the flight before it started: its result was there already.
+    pub async fn settle(mut self, result: Arc<ActionResult>, activity: Activity) {
+        self.submitted = true;
+        let landing = Landing {
+            key: self.key.clone(),
+            outcome: Outcome::Cached(result),
+            activity: activity.clone(),
+        };
+        self.flights.tell_owners(landing).await;
+        self.flights.state.lock().end(&self.key, Ending::Cached);
+        drop(activity);
+    }
+}
+
+impl Drop for Announcement {
+    fn drop(&mut self) {
+        if !self.submitted {
+            let mut state = self.flights.state.lock();
+            if state.flights.contains_key(&self.key) {
+                state.failed += 1;
+                state.end(&self.key, Ending::Abandoned);
+            }
         }
     }
 }
@@ -510,8 +543,8 @@ mod tests {
 
     fn queue(flights: &Arc<Flights>, names: &[(&str, u64)]) {
         for (name, seconds) in names {
-            assert!(flights.announce(&key(name), &owner()));
-            flights.submit(&key(name), urgency(*seconds));
+            let announced = flights.announce(key(name), &owner()).unwrap();
+            announced.submit(urgency(*seconds));
         }
     }
 
@@ -565,10 +598,10 @@ mod tests {
         let flights = Flights::new(1);
         queue(&flights, &[("running", 9)]);
         let _running = departing(&flights).await.unwrap();
-        assert!(flights.announce(&key("late"), &owner()));
+        let late = flights.announce(key("late"), &owner()).unwrap();
         let _stage = flights.join(&key("late")).unwrap();
         assert!(departing(&flights).await.is_none());
-        flights.submit(&key("late"), urgency(1));
+        late.submit(urgency(1));
         assert_eq!(*departing(&flights).await.unwrap().key(), key("late"));
     }
 
@@ -581,7 +614,7 @@ mod tests {
             flights.client_executes(key("b")),
         ];
         assert!(
-            !flights.announce(&key("b"), &owner()),
+            flights.announce(key("b"), &owner()).is_none(),
             "a client executes it itself"
         );
         queue(&flights, &[("x", 3), ("y", 2)]);
@@ -589,7 +622,7 @@ mod tests {
         assert!(departing(&flights).await.is_none());
         drop(own);
         assert_eq!(*departing(&flights).await.unwrap().key(), key("y"));
-        assert!(flights.announce(&key("b"), &owner()));
+        assert!(flights.announce(key("b"), &owner()).is_some());
     }
 
     #[tokio::test]
@@ -601,6 +634,16 @@ mod tests {
         drop(departure);
         assert!(matches!(ending(&mut stage).await, Ending::Abandoned));
         assert_eq!(flights.counts().running, 0);
+    }
+
+    #[tokio::test]
+    async fn a_dropped_announcement_abandons_its_flight() {
+        let flights = Flights::new(1);
+        let announced = flights.announce(key("a"), &owner()).unwrap();
+        let mut stage = flights.join(&key("a")).unwrap();
+        drop(announced);
+        assert!(matches!(ending(&mut stage).await, Ending::Abandoned));
+        assert_eq!(flights.counts().queued, 0);
     }
 
     #[tokio::test]

@@ -48,8 +48,10 @@ pub struct NewDirectory {
 /// Something that an adapted action needs in the CAS.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Blob {
-    /// A rewritten directory or action.
-    Made(Bytes),
+    /// An adapted action.
+    Action(Bytes),
+    /// A rewritten directory.
+    Directory(Bytes),
     /// A source file, to be read when it is uploaded.
     File(PathBuf),
 }
@@ -58,7 +60,7 @@ impl Adapted {
     /// Adds what the action needs to `needed`, less what `known` holds, and all of it to `known`.
     pub fn collect_blobs(&self, known: &mut HashSet<Digest>, needed: &mut HashMap<Digest, Blob>) {
         if known.insert(self.action) {
-            needed.insert(self.action, Blob::Made(self.encoded.clone()));
+            needed.insert(self.action, Blob::Action(self.encoded.clone()));
         }
         self.input_root.collect_blobs(known, needed);
     }
@@ -70,7 +72,7 @@ impl NewDirectory {
         if !known.insert(self.digest) {
             return;
         }
-        needed.insert(self.digest, Blob::Made(self.encoded.clone()));
+        needed.insert(self.digest, Blob::Directory(self.encoded.clone()));
         for (digest, path) in &self.files {
             if known.insert(*digest) {
                 needed.insert(*digest, Blob::File(path.clone()));

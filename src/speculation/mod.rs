@@ -14,6 +14,7 @@ mod instantiate;
 mod lane;
 pub mod observation;
 mod parent;
+mod prepare;
 mod priming;
 mod record;
 mod recorder;
@@ -25,7 +26,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Instant;
 
-use tokio::sync::{mpsc, oneshot};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot};
 
 use flights::{FlightKey, Flights};
 use observation::{CallOrigin, Observation};
@@ -37,7 +38,12 @@ pub struct Engine {
     observations: mpsc::Sender<Observation>,
     flights: Arc<Flights>,
     dropped: Arc<AtomicU64>,
+    /// What taps may still hold, in KiB.
+    memory: Arc<Semaphore>,
 }
+
+/// How much of clients' answers taps and the engine's queue hold in all, in KiB.
+const TAP_MEMORY_KIB: usize = 64 * 1024;
 
 impl Engine {
     /// What is in flight.
@@ -51,6 +57,12 @@ impl Engine {
         if self.observations.try_send(observation).is_err() {
             self.count_dropped();
         }
+    }
+
+    /// Sets memory aside for a chunk of an answer. `None` when the engine is too far behind.
+    pub fn room_for(&self, bytes: usize) -> Option<OwnedSemaphorePermit> {
+        let kib = u32::try_from(bytes.div_ceil(1024)).ok()?;
+        self.memory.clone().try_acquire_many_owned(kib).ok()
     }
 
     /// Counts an observation that could not be kept.

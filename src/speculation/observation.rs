@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use bytes::{Buf, Bytes};
 use http::HeaderValue;
 use prost::Message;
-use tokio::sync::oneshot;
+use tokio::sync::{OwnedSemaphorePermit, oneshot};
 
 use super::flights::FlightKey;
 use crate::backend::remote::decode_request_metadata;
@@ -71,12 +71,14 @@ pub struct Call {
 }
 
 /// The answer to a call: its gRPC status and its body as it was sent.
-#[derive(Clone, Debug, Default)]
+#[derive(Debug, Default)]
 pub struct Answer {
     /// gRPC status code; `None` if the call was cut off before it had one.
     pub status: Option<u32>,
     /// Length-prefixed messages, split anywhere.
-    pub body: Vec<Bytes>,
+    body: Vec<Bytes>,
+    /// The share of the taps' memory that the body takes.
+    room: Option<OwnedSemaphorePermit>,
 }
 
 impl Answer {
@@ -85,6 +87,16 @@ impl Answer {
         Answer {
             status: Some(0),
             body: vec![framed],
+            room: None,
+        }
+    }
+
+    /// Adds a chunk of the body, with the memory that was set aside for it.
+    pub fn push(&mut self, chunk: Bytes, room: OwnedSemaphorePermit) {
+        self.body.push(chunk);
+        match &mut self.room {
+            Some(all) => all.merge(room),
+            None => self.room = Some(room),
         }
     }
 
@@ -135,6 +147,7 @@ mod tests {
             let answer = Answer {
                 status: Some(0),
                 body: vec![whole.slice(..split), whole.slice(split..)],
+                room: None,
             };
             let last: ActionResult = answer.last_message().unwrap();
             assert_eq!(last.exit_code, 2);

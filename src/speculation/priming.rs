@@ -4,42 +4,34 @@
 //! Messages are dealt with one after the other. A question is answered when all that came before
 //! it is settled, so "is this digest in flight?" has its answer by then.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::HashMap;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Instant;
 
-use bytes::Bytes;
 use tokio::sync::{mpsc, oneshot};
-use tokio::task::JoinSet;
-use tonic::Status;
+use tokio_util::task::AbortOnDropHandle;
 
 use super::activity::{Activities, Activity};
-use super::flights::{FlightKey, Flights, Landing, Outcome};
-use super::instantiate::Blob;
+use super::flights::{FlightKey, Flights, Landing, Outcome, ending};
 use super::parent::{Parent, WeakKey};
+use super::prepare::{self, Job, Queue};
 use super::record::output_files;
 use super::schedule::{Outputs, Plan, Ready};
 use super::store::Store;
 use crate::backend::Backend;
 use crate::cas::Digest;
-use crate::cas::directories::{Directory, DirectoryCache};
+use crate::cas::directories::DirectoryCache;
 use crate::cas::transfer::Cas;
 use crate::reapi::ActionResult;
 use crate::task;
-use crate::workspace::index::{self, FileIndex};
+use crate::workspace::index::FileIndex;
 
 /// Messages that may wait for a priming that is busy.
 const MAILBOX: usize = 16 * 1024;
 /// Landings that may wait for it.
 const LANDINGS: usize = 1024;
-/// Actions that are looked up and uploaded together. The first ones are few, so that the lane
-/// has work soon.
-const FIRST_BATCH: usize = 16;
-const BATCH: usize = 256;
-/// Lookups under way at once.
-const LOOKUPS: usize = 16;
 /// Looking at the workspace again for a miss may take this part of the time: one tenth.
 const SCAN_SHARE: u32 = 10;
 
@@ -103,7 +95,6 @@ impl Priming {
         let (mailbox, messages) = mpsc::channel(MAILBOX);
         let activities = workshop.activities.clone();
         let (landed, landings) = mpsc::channel(LANDINGS);
-        let (to_prepare, waves) = mpsc::channel(LANDINGS);
         let worker = Worker {
             key,
             parent: None,
@@ -112,10 +103,9 @@ impl Priming {
             last_scan: None,
             build: 0,
             landed,
-            to_prepare,
-            workshop: workshop.clone(),
+            preparation: None,
+            workshop,
         };
-        task::spawn("preparation", prepare(workshop, waves));
         task::spawn("priming", worker.run(messages, landings));
         Priming {
             mailbox,
@@ -131,13 +121,6 @@ impl Priming {
     }
 }
 
-/// The ready actions of one step of a plan.
-struct Wave {
-    instance: Arc<str>,
-    ready: Vec<Ready>,
-    _activity: Activity,
-}
-
 struct Worker {
     key: WeakKey,
     parent: Option<Arc<Parent>>,
@@ -147,8 +130,14 @@ struct Worker {
     last_scan: Option<Scan>,
     build: u64,
     landed: mpsc::Sender<Landing>,
-    to_prepare: mpsc::Sender<Wave>,
+    preparation: Option<Preparation>,
     workshop: Workshop,
+}
+
+/// The task that prepares what is adapted, and what it is to prepare.
+struct Preparation {
+    queue: Arc<Queue>,
+    _task: AbortOnDropHandle<Option<()>>,
 }
 
 struct Scan {
@@ -172,15 +161,23 @@ impl Worker {
                 },
             }
         }
-        self.withdraw(|_| true);
-        // What has started goes on, and is still counted.
-        while self
-            .awaited()
-            .any(|key| self.workshop.flights.is_in_flight(&key))
-        {
-            match landings.recv().await {
-                Some(landing) => self.land(landing, false).await,
-                None => break,
+        // What has started, or is waited for, goes on and is still counted.
+        let mut flying = Vec::new();
+        for key in self.awaited() {
+            self.workshop.flights.withdraw(&key);
+            flying.extend(self.workshop.flights.watch(&key));
+        }
+        let landed = async {
+            for mut stage in flying {
+                ending(&mut stage).await;
+            }
+        };
+        tokio::pin!(landed);
+        loop {
+            tokio::select! {
+                biased;
+                Some(landing) = landings.recv() => self.land(landing, false).await,
+                () = &mut landed => break,
             }
         }
     }
@@ -290,7 +287,7 @@ impl Worker {
             }
         }
         self.report_unadaptable();
-        self.launch(ready).await;
+        self.launch(ready);
     }
 
     async fn parent(&mut self) -> Option<Arc<Parent>> {
@@ -309,35 +306,41 @@ impl Worker {
     }
 
     /// Announces what is ready, at once and all together, and has it prepared.
-    async fn launch(&mut self, mut ready: Vec<Ready>) {
+    fn launch(&mut self, ready: Vec<Ready>) {
         let Some(parent) = &self.parent else {
             return;
         };
         let instance = parent.identity.instance.clone();
-        ready.retain(|ready| {
+        let mut jobs = Vec::with_capacity(ready.len());
+        for ready in ready {
             let key = flight(&instance, ready.adapted.action);
-            self.workshop.flights.announce(&key, &self.landed)
-        });
-        if ready.is_empty() {
+            if let Some(announcement) = self.workshop.flights.announce(key, &self.landed) {
+                let activity = self.workshop.activities.begin();
+                jobs.push(Job {
+                    announcement,
+                    ready,
+                    activity,
+                });
+            }
+        }
+        if jobs.is_empty() {
             return;
         }
         tracing::debug!(
             parent = parent.identity.label(),
-            actions = ready.len(),
+            actions = jobs.len(),
             "adapted"
         );
-        let wave = Wave {
-            instance,
-            ready,
-            _activity: self.workshop.activities.begin(),
-        };
-        if let Err(mpsc::error::SendError(wave)) = self.to_prepare.send(wave).await {
-            self.withdraw(|key| {
-                wave.ready
-                    .iter()
-                    .any(|ready| ready.adapted.action == key.action)
-            });
-        }
+        let workshop = &self.workshop;
+        let preparation = self.preparation.get_or_insert_with(|| {
+            let queue = Arc::new(Queue::default());
+            let run = prepare::run(workshop.clone(), instance, queue.clone());
+            Preparation {
+                queue,
+                _task: AbortOnDropHandle::new(task::spawn("preparation", run)),
+            }
+        });
+        preparation.queue.push(jobs);
     }
 
     async fn land(&mut self, landing: Landing, go_on: bool) {
@@ -395,7 +398,7 @@ impl Worker {
         self.results = results;
         self.report_unadaptable();
         if go_on {
-            self.launch(ready).await;
+            self.launch(ready);
         }
     }
 
@@ -414,12 +417,6 @@ impl Worker {
         let awaited = self.plan.iter().flat_map(Plan::awaited);
         awaited.filter_map(move |action| Some(flight(instance.as_ref()?, *action)))
     }
-
-    fn withdraw(&self, which: impl Fn(&FlightKey) -> bool) {
-        for key in self.awaited().filter(which) {
-            self.workshop.flights.withdraw(&key);
-        }
-    }
 }
 
 fn flight(instance: &Arc<str>, action: Digest) -> FlightKey {
@@ -427,129 +424,4 @@ fn flight(instance: &Arc<str>, action: Digest) -> FlightKey {
         instance: instance.clone(),
         action,
     }
-}
-
-/// Looks up and uploads the actions of each wave, and submits those that are not cached.
-async fn prepare(workshop: Workshop, mut waves: mpsc::Receiver<Wave>) {
-    let mut uploaded = HashSet::new();
-    while let Some(wave) = waves.recv().await {
-        let mut rest = wave.ready.as_slice();
-        let mut size = FIRST_BATCH;
-        while !rest.is_empty() {
-            let (batch, later) = rest.split_at(size.min(rest.len()));
-            prepare_batch(&workshop, &wave, batch, &mut uploaded).await;
-            rest = later;
-            size = BATCH;
-        }
-    }
-}
-
-async fn prepare_batch(
-    workshop: &Workshop,
-    wave: &Wave,
-    batch: &[Ready],
-    uploaded: &mut HashSet<Digest>,
-) {
-    let missing = look_up(workshop, wave, batch).await;
-    let mut known = uploaded.clone();
-    let mut needed = HashMap::new();
-    for ready in &missing {
-        ready.adapted.collect_blobs(&mut known, &mut needed);
-    }
-    let directories = workshop.directories.clone();
-    let blobs = task::blocking("reading sources", move || read_blobs(needed, &directories)).await;
-    let sent = match blobs {
-        Some(blobs) => workshop.cas.upload(&wave.instance, &blobs).await,
-        None => Err(Status::internal("the sources could not be read")),
-    };
-    match sent {
-        Ok(()) => {
-            *uploaded = known;
-            for ready in missing {
-                let key = flight(&wave.instance, ready.adapted.action);
-                workshop.flights.submit(&key, ready.urgency);
-            }
-        }
-        Err(status) => {
-            tracing::warn!(%status, actions = missing.len(), "the inputs of adapted actions cannot be uploaded; they are left to the client");
-            for ready in missing {
-                settle(workshop, wave, ready, Outcome::Abandoned).await;
-            }
-        }
-    }
-}
-
-/// Asks the action cache for each action of a batch: after an edit was taken back, for example,
-/// the results are there. Returns those that are not.
-async fn look_up<'a>(workshop: &Workshop, wave: &Wave, batch: &'a [Ready]) -> Vec<&'a Ready> {
-    let queued = |ready: &&Ready| {
-        let key = flight(&wave.instance, ready.adapted.action);
-        workshop.flights.is_queued(&key)
-    };
-    let mut missing = Vec::with_capacity(batch.len());
-    let mut lookups = JoinSet::new();
-    let mut waiting = batch.iter().filter(queued);
-    loop {
-        while lookups.len() < LOOKUPS {
-            let Some(ready) = waiting.next() else {
-                break;
-            };
-            let backend = workshop.backend.clone();
-            let instance = wave.instance.clone();
-            let action = ready.adapted.action;
-            lookups.spawn(async move { (action, backend.action_result(&instance, action).await) });
-        }
-        let Some(answered) = lookups.join_next().await else {
-            return missing;
-        };
-        // A lookup that panicked or failed leaves its action out of the cached ones.
-        let Ok((action, answer)) = answered else {
-            continue;
-        };
-        let Some(ready) = batch.iter().find(|ready| ready.adapted.action == action) else {
-            continue;
-        };
-        match answer {
-            Ok(Some(result)) if result.exit_code == 0 => {
-                settle(workshop, wave, ready, Outcome::Cached(Arc::new(result))).await;
-            }
-            // A failure that is cached is the client's to see.
-            Ok(Some(_)) => settle(workshop, wave, ready, Outcome::Abandoned).await,
-            Ok(None) | Err(_) => missing.push(ready),
-        }
-    }
-}
-
-async fn settle(workshop: &Workshop, wave: &Wave, ready: &Ready, outcome: Outcome) {
-    let landing = Landing {
-        key: flight(&wave.instance, ready.adapted.action),
-        outcome,
-        activity: workshop.activities.begin(),
-    };
-    workshop.flights.settle(landing).await;
-}
-
-/// The bytes of what is needed. A source file that has changed once more is left out: the action
-/// that was to read it is out of date, and the backend will refuse it.
-fn read_blobs(
-    needed: HashMap<Digest, Blob>,
-    directories: &DirectoryCache,
-) -> HashMap<Digest, Bytes> {
-    let mut blobs = HashMap::with_capacity(needed.len());
-    for (digest, blob) in needed {
-        match blob {
-            Blob::Made(encoded) => {
-                if let Some(directory) = Directory::parse(encoded.clone()) {
-                    directories.insert(digest, Arc::new(directory));
-                }
-                blobs.insert(digest, encoded);
-            }
-            Blob::File(path) => {
-                if let Some(content) = index::read(&path, digest) {
-                    blobs.insert(digest, content);
-                }
-            }
-        }
-    }
-    blobs
 }

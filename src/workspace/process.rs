@@ -1,6 +1,7 @@
 //! Processes of local clients, read from `/proc`: which build tool a compiler wrapper works for,
 //! where it runs, and when it ends.
 
+use std::hash::{Hash, Hasher};
 use std::io;
 use std::path::PathBuf;
 
@@ -43,7 +44,7 @@ const SHELLS: &[&str] = &[
 const MAX_ANCESTORS: usize = 64;
 
 /// A process, distinguished from a later one that has the same id.
-#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Debug)]
 pub struct Process {
     /// Process id.
     pub pid: i32,
@@ -52,6 +53,21 @@ pub struct Process {
     /// The kernel's name of it, up to 15 bytes.
     pub name: String,
     parent: i32,
+}
+
+impl PartialEq for Process {
+    /// The name and the parent of a process may change while it lives.
+    fn eq(&self, other: &Self) -> bool {
+        (self.pid, self.started) == (other.pid, other.started)
+    }
+}
+
+impl Eq for Process {}
+
+impl Hash for Process {
+    fn hash<H: Hasher>(&self, state: &mut H) {
+        (self.pid, self.started).hash(state);
+    }
 }
 
 impl Process {

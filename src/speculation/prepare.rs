@@ -1,0 +1,184 @@
+//! Preparation: what is done for an adapted action between instantiation and the lane. It is
+//! looked up in the action cache, and if it is not there, what it needs is uploaded; both for
+//! many actions at a time, in the order in which their flights are to start.
+
+use std::collections::{HashMap, HashSet};
+use std::sync::Arc;
+
+use bytes::Bytes;
+use parking_lot::Mutex;
+use tokio::sync::Notify;
+use tokio::task::JoinSet;
+use tonic::Status;
+
+use super::activity::Activity;
+use super::flights::Announcement;
+use super::instantiate::Blob;
+use super::priming::Workshop;
+use super::schedule::Ready;
+use crate::cas::Digest;
+use crate::cas::directories::{Directory, DirectoryCache};
+use crate::task;
+use crate::workspace::index;
+
+/// Actions that are looked up and uploaded together.
+const BATCH: usize = 256;
+/// The first batch is small, so that the lane has work soon.
+const FIRST_BATCH: usize = 16;
+/// Lookups under way at once.
+const LOOKUPS: usize = 16;
+
+/// An adapted action on its way to the lane.
+pub struct Job {
+    /// Its flight; abandoned if the job is dropped.
+    pub announcement: Announcement,
+    /// What is to be executed.
+    pub ready: Ready,
+    /// Counts as activity until the job is done.
+    pub activity: Activity,
+}
+
+/// Jobs that wait. They are never more than the actions of the plan that made them.
+#[derive(Default)]
+pub struct Queue {
+    jobs: Mutex<Vec<Job>>,
+    more: Notify,
+}
+
+impl Queue {
+    /// Adds jobs to what waits.
+    pub fn push(&self, jobs: Vec<Job>) {
+        self.jobs.lock().extend(jobs);
+        self.more.notify_one();
+    }
+
+    /// Takes up to `count` of the most urgent jobs, as soon as there are any.
+    async fn take(&self, count: usize) -> Vec<Job> {
+        loop {
+            let batch = {
+                let mut jobs = self.jobs.lock();
+                jobs.sort_by_key(|job| job.ready.urgency);
+                let count = count.min(jobs.len());
+                jobs.drain(..count).collect::<Vec<_>>()
+            };
+            if !batch.is_empty() {
+                return batch;
+            }
+            self.more.notified().await;
+        }
+    }
+
+    fn is_empty(&self) -> bool {
+        self.jobs.lock().is_empty()
+    }
+}
+
+/// Prepares the jobs of one parent until the task is dropped.
+pub async fn run(workshop: Workshop, instance: Arc<str>, queue: Arc<Queue>) {
+    let mut uploaded = HashSet::new();
+    let mut size = FIRST_BATCH;
+    loop {
+        let batch = queue.take(size).await;
+        size = if queue.is_empty() { FIRST_BATCH } else { BATCH };
+        let missing = look_up(&workshop, &instance, batch).await;
+        upload(&workshop, &instance, missing, &mut uploaded).await;
+    }
+}
+
+/// Settles the jobs whose results are in the action cache: after an edit was taken back, for
+/// example, they are. Returns the others.
+async fn look_up(workshop: &Workshop, instance: &Arc<str>, batch: Vec<Job>) -> Vec<Job> {
+    let mut missing = Vec::with_capacity(batch.len());
+    let mut lookups = JoinSet::new();
+    let mut waiting = batch
+        .into_iter()
+        .filter(|job| job.announcement.is_current());
+    loop {
+        while lookups.len() < LOOKUPS {
+            let Some(job) = waiting.next() else {
+                break;
+            };
+            let backend = workshop.backend.clone();
+            let instance = instance.clone();
+            lookups.spawn(async move {
+                let answer = backend
+                    .action_result(&instance, job.ready.adapted.action)
+                    .await;
+                (job, answer)
+            });
+        }
+        match lookups.join_next().await {
+            None => return missing,
+            Some(Ok((job, Ok(Some(result))))) if result.exit_code == 0 => {
+                job.announcement
+                    .settle(Arc::new(result), job.activity)
+                    .await;
+            }
+            // A failure that is cached is the client's to see: the job is dropped.
+            Some(Ok((_, Ok(Some(_))))) => {}
+            Some(Ok((job, Ok(None) | Err(_)))) => missing.push(job),
+            Some(Err(error)) => tracing::error!(%error, "a lookup ended unexpectedly"),
+        }
+    }
+}
+
+/// Uploads what the jobs need and submits them.
+async fn upload(
+    workshop: &Workshop,
+    instance: &str,
+    mut jobs: Vec<Job>,
+    uploaded: &mut HashSet<Digest>,
+) {
+    jobs.sort_by_key(|job| job.ready.urgency);
+    let mut known = uploaded.clone();
+    let mut needed = HashMap::new();
+    for job in &jobs {
+        job.ready.adapted.collect_blobs(&mut known, &mut needed);
+    }
+    let directories = workshop.directories.clone();
+    let blobs = task::blocking("reading sources", move || read_blobs(needed, &directories)).await;
+    let sent = match blobs {
+        Some(blobs) => workshop.cas.upload(instance, &blobs).await,
+        None => Err(Status::internal("the sources could not be read")),
+    };
+    match sent {
+        Ok(()) => {
+            *uploaded = known;
+            for job in jobs {
+                job.announcement.submit(job.ready.urgency);
+            }
+        }
+        Err(status) => tracing::warn!(
+            %status, actions = jobs.len(),
+            "the inputs of adapted actions cannot be uploaded; they are left to the client"
+        ),
+    }
+}
+
+/// The bytes of what is needed. A source file that has changed once more is left out: the action
+/// that was to read it is out of date, and the backend will refuse it.
+fn read_blobs(
+    needed: HashMap<Digest, Blob>,
+    directories: &DirectoryCache,
+) -> HashMap<Digest, Bytes> {
+    let mut blobs = HashMap::with_capacity(needed.len());
+    for (digest, blob) in needed {
+        match blob {
+            Blob::Directory(encoded) => {
+                if let Some(directory) = Directory::parse(encoded.clone()) {
+                    directories.insert(digest, Arc::new(directory));
+                }
+                blobs.insert(digest, encoded);
+            }
+            Blob::Action(encoded) => {
+                blobs.insert(digest, encoded);
+            }
+            Blob::File(path) => {
+                if let Some(content) = index::read(&path, digest) {
+                    blobs.insert(digest, content);
+                }
+            }
+        }
+    }
+    blobs
+}
