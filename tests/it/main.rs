@@ -1,5 +1,6 @@
 //! Tests of the whole: primed as its users run it, with real recc and buildbox-casd.
 
+mod examples;
 mod project;
 mod rebuild;
 mod support;

@@ -1,0 +1,6 @@
+#include "greet.h"
+
+int greeted(void) {
+    static int count;
+    return ++count;
+}

@@ -1,0 +1,5 @@
+#include <stdio.h>
+
+#include "greet.h"
+
+void greet(const char *whom) { printf("%s, %s (number %d)\n", GREETING, whom, greeted()); }
