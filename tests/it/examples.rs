@@ -9,12 +9,19 @@ fn the_recc_example_is_primed() {
     let primed = Primed::command().get_program().to_owned();
     let binaries = std::path::Path::new(&primed).parent().unwrap().to_owned();
     let path = std::env::var("PATH").unwrap();
-    let path = format!("{}:{}:{path}", binaries.display(), tools().join("bin").display());
-    let output = Command::new(concat!(env!("CARGO_MANIFEST_DIR"), "/examples/recc-make/run"))
-        .env("PATH", path)
-        .env_remove("MAKEFLAGS")
-        .output()
-        .unwrap();
+    let path = format!(
+        "{}:{}:{path}",
+        binaries.display(),
+        tools().join("bin").display()
+    );
+    let output = Command::new(concat!(
+        env!("CARGO_MANIFEST_DIR"),
+        "/examples/recc-make/run"
+    ))
+    .env("PATH", path)
+    .env_remove("MAKEFLAGS")
+    .output()
+    .unwrap();
     let said = String::from_utf8_lossy(&output.stdout);
     assert!(output.status.success(), "{output:?}");
     assert!(said.contains("good morning, world (number 1)"), "{said}");

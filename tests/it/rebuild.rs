@@ -4,7 +4,7 @@
 use tempfile::TempDir;
 
 use crate::project::{FEW, Project, UNITS};
-use crate::support::{Casd, Counts, Primed, scratch};
+use crate::support::{Casd, Counts, Primed, scratch, wait_until};
 
 /// Every compile and the link.
 const ALL: u64 = UNITS as u64 + 2;
@@ -180,6 +180,32 @@ fn system_headers_in_the_input_tree_change_nothing() {
 #[test]
 fn clients_that_leave_hashing_to_casd_are_primed_too() {
     let stage = Stage::set(&[("RECC_USE_LOCALCAS", "1")]);
+    stage.common(2);
+    let counts = stage.rebuild();
+    stage.assert_primed(counts, 1, ALL - 1);
+    assert_eq!(stage.project.run(), sum(2, 1));
+}
+
+#[test]
+fn a_client_that_comes_by_tcp_from_this_machine_is_primed_too() {
+    let mut stage = Stage::set(&[]);
+    let socket = stage.primed.socket();
+    let Primed { daemon, directory } = stage.primed;
+    drop(daemon);
+    let listen = format!("unix:{},127.0.0.1:0", socket.display());
+    let upstream = stage.casd.address();
+    stage.primed = Primed::start_with(&directory, &upstream, &["--listen", &listen]);
+    let mut port = None;
+    wait_until("primed says which port it chose", || {
+        let log = stage.primed.daemon.log();
+        let said = log
+            .lines()
+            .find_map(|line| line.split_once("address=127.0.0.1:"));
+        port = said.and_then(|(_, rest)| rest.split(' ').next()?.parse::<u16>().ok());
+        port.is_some()
+    });
+    let server = format!("http://127.0.0.1:{}", port.unwrap());
+    stage.project = stage.project.with("RECC_SERVER", &server);
     stage.common(2);
     let counts = stage.rebuild();
     stage.assert_primed(counts, 1, ALL - 1);
