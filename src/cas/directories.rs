@@ -66,6 +66,15 @@ fn entry_digest(digest: Option<reapi::Digest>) -> Option<Digest> {
     Digest::try_from(&digest?).ok()
 }
 
+/// The path of `name` in the directory at `path`; the root's own path is empty.
+pub fn child_path(path: &str, name: &str) -> String {
+    if path.is_empty() {
+        name.to_owned()
+    } else {
+        format!("{path}/{name}")
+    }
+}
+
 /// The directories of some trees, all in memory. A digest that is not in it could not be had.
 pub type Trees = HashMap<Digest, Arc<Directory>>;
 

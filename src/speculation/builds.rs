@@ -9,11 +9,10 @@ use std::time::{Duration, Instant};
 use serde::Serialize;
 
 use super::flights::FlightKey;
-use super::observation::CallOrigin;
 use super::parent::ParentIdentity;
 use super::record::Subaction;
 use crate::reapi::RequestMetadata;
-use crate::workspace::peer::PeerOrigin;
+use crate::workspace::peer::{Peer, PeerOrigin};
 use crate::workspace::process::{self, Process};
 
 /// What makes calls belong together.
@@ -53,14 +52,13 @@ impl Caller {
     /// For local peers the process tree decides. recc says `host:ppid` of itself; where that is
     /// not the parent of whoever connected, the connection is a proxy's (buildbox-casd's, say),
     /// and the process that recc named is asked instead.
-    pub fn identify(origin: &CallOrigin, host: &str) -> Self {
-        let metadata = origin.request_metadata();
-        let named = if origin.peer.is_on_this_machine() {
+    pub fn identify(peer: &Peer, metadata: RequestMetadata, host: &str) -> Self {
+        let named = if peer.is_on_this_machine() {
             named_process(&metadata, host)
         } else {
             None
         };
-        let (connected, uid) = match origin.peer.origin() {
+        let (connected, uid) = match peer.origin() {
             PeerOrigin::Local { pid, uid } => (pid.and_then(Process::find), Some(uid)),
             PeerOrigin::Tcp(_) => (None, None),
         };
@@ -83,7 +81,7 @@ impl Caller {
             (None, Some(id)) => BuildKey::Invocation(id),
             (None, None) => match &client {
                 Some(client) => BuildKey::Process(client.clone()),
-                None => BuildKey::Connection(origin.peer.id()),
+                None => BuildKey::Connection(peer.id()),
             },
         };
         let worker = tool.as_ref().or(client.as_ref());
@@ -126,7 +124,8 @@ fn named_process(metadata: &RequestMetadata, host: &str) -> Option<Process> {
     Process::find(pid.parse().ok()?)
 }
 
-fn invocation(metadata: &RequestMetadata) -> Option<String> {
+/// What the client says its calls belong together by, if it does.
+pub fn invocation(metadata: &RequestMetadata) -> Option<String> {
     [
         &metadata.correlated_invocations_id,
         &metadata.tool_invocation_id,

@@ -12,7 +12,7 @@ use tokio::sync::{Semaphore, mpsc, oneshot};
 
 use super::activity::Activities;
 pub use super::builds::BuildStatus;
-use super::builds::{Asked, Build, BuildKey, Caller};
+use super::builds::{Asked, Build, BuildKey, Caller, invocation};
 use super::flights::{FlightKey, Flights};
 use super::observation::{Call, CallOrigin, Observation};
 use super::parent::{ParentIdentity, WeakKey};
@@ -40,6 +40,8 @@ const REMEMBERED_BUILDS: usize = 100;
 const MAX_SUBACTIONS: usize = 200_000;
 /// A client below no build tool has ended its build when it was silent for this long.
 const QUIET_TIME: Duration = Duration::from_secs(10);
+/// Invocations of one connection that are remembered.
+const MAX_INVOCATIONS: usize = 1000;
 /// Messages between the engine and its tasks that may wait.
 const NOTES: usize = 1024;
 
@@ -170,8 +172,9 @@ struct State {
     workshop: Workshop,
     /// All recorded parents.
     parents: HashMap<WeakKey, ParentIdentity>,
-    /// Clients by connection.
-    callers: HashMap<u64, Caller>,
+    /// Clients by connection. Behind a proxy (buildbox-casd, say) one connection carries those of
+    /// many builds, told apart by their invocation.
+    callers: HashMap<u64, HashMap<Option<String>, Caller>>,
     open: HashMap<BuildKey, Build>,
     closed: VecDeque<Build>,
     /// Parents of open builds that are being primed.
@@ -248,12 +251,15 @@ impl State {
 
     /// The build that a call belongs to. If it is a new one, it is primed.
     fn build_of(&mut self, origin: &CallOrigin) -> &mut Build {
-        let caller = match self.callers.get(&origin.peer.id()) {
-            // One connection may carry one build after the other.
-            Some(known) if matches!(known.key, BuildKey::Process(_)) => known.clone(),
-            _ => Caller::identify(origin, &self.host),
-        };
-        self.callers.insert(origin.peer.id(), caller.clone());
+        let metadata = origin.request_metadata();
+        let known = self.callers.entry(origin.peer.id()).or_default();
+        if known.len() > MAX_INVOCATIONS {
+            known.clear();
+        }
+        let caller = known
+            .entry(invocation(&metadata))
+            .or_insert_with(|| Caller::identify(&origin.peer, metadata, &self.host))
+            .clone();
         if !self.open.contains_key(&caller.key) {
             self.begin(&caller);
         }

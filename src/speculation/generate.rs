@@ -9,7 +9,7 @@ use std::sync::Arc;
 use super::parent::{BaseAction, Origin, OverlayTable};
 use super::resolve::places;
 use crate::cas::Digest;
-use crate::cas::directories::Trees;
+use crate::cas::directories::{Trees, child_path};
 use crate::config::Mode;
 use crate::workspace::index::FileIndex;
 
@@ -95,10 +95,10 @@ impl Generation<'_> {
                 continue;
             };
             for (name, target) in &directory.files {
-                self.add_origins(base, &join(&path, name), *target);
+                self.add_origins(base, &child_path(&path, name), *target);
             }
             for (name, child) in &directory.directories {
-                open.push((*child, join(&path, name)));
+                open.push((*child, child_path(&path, name)));
             }
         }
     }
@@ -133,13 +133,5 @@ impl Generation<'_> {
         let readable = self.index.digest(place).is_ok();
         self.is_source.insert(place.to_owned(), readable);
         readable
-    }
-}
-
-fn join(path: &str, name: &str) -> String {
-    if path.is_empty() {
-        name.to_owned()
-    } else {
-        format!("{path}/{name}")
     }
 }

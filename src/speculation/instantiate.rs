@@ -14,7 +14,7 @@ use prost::Message;
 use super::parent::{BaseAction, with_input_root};
 use super::resolve::{Current, Node, Resolver, TreeFile};
 use crate::cas::Digest;
-use crate::cas::directories::{Directory, Trees};
+use crate::cas::directories::{Directory, Trees, child_path};
 use crate::reapi;
 
 /// How many directories one plan may visit. Real plans stay far below; a tree that is built to
@@ -221,7 +221,7 @@ impl Instantiator {
         let mut files: Vec<(usize, Digest)> = Vec::new();
         let mut directories: Vec<(usize, Arc<NewDirectory>)> = Vec::new();
         for (index, (name, recorded)) in directory.files.iter().enumerate() {
-            let path = join(path, name);
+            let path = child_path(path, name);
             let file = TreeFile {
                 node: task.node,
                 base: task.base,
@@ -241,7 +241,7 @@ impl Instantiator {
             }
         }
         for (index, (name, recorded)) in directory.directories.iter().enumerate() {
-            match self.rewrite(task, *recorded, &join(path, name))? {
+            match self.rewrite(task, *recorded, &child_path(path, name))? {
                 Rewritten::Same => {}
                 Rewritten::New(new) => directories.push((index, new)),
                 Rewritten::Waits(nodes) => waits.extend_from_slice(&nodes),
@@ -283,12 +283,4 @@ fn replaced(
         message.directories.get_mut(*index)?.digest = Some(new.digest.to_proto());
     }
     Some(Digest::of_message(&message))
-}
-
-fn join(path: &str, name: &str) -> String {
-    if path.is_empty() {
-        name.to_owned()
-    } else {
-        format!("{path}/{name}")
-    }
 }

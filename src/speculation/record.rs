@@ -81,9 +81,7 @@ pub async fn record(
             ..base
         });
     }
-    for base in recorded {
-        supersede(parent, base);
-    }
+    supersede(parent, recorded);
     parent.last_seen_unix_ms = now_unix_ms;
     Ok(unrecorded)
 }
@@ -116,31 +114,46 @@ fn base_action(
     })
 }
 
-/// Puts `base` in the place of what it replaces: its own earlier form, and any other command
-/// that wrote the same files in the same place (the same compile with other flags, say).
-fn supersede(parent: &mut Parent, base: BaseAction) {
-    let Ok(parts) = action_parts(&base.encoded) else {
-        return;
-    };
-    if !base.outputs.is_empty() && base.mount.is_some() {
-        let paths = |base: &BaseAction| {
-            let mut paths: Vec<String> =
-                base.outputs.iter().map(|(path, _)| path.clone()).collect();
-            paths.sort_unstable();
-            paths
+/// Puts recorded actions in the place of what they replace: their own earlier form, and any other
+/// command that wrote the same files in the same place (the same compile with other flags, say).
+fn supersede(parent: &mut Parent, recorded: Vec<BaseAction>) {
+    let mut writers: HashMap<Written, SubactionKey> = parent
+        .actions
+        .iter()
+        .filter_map(|(key, base)| Some((Written::by(base)?, key.clone())))
+        .collect();
+    for base in recorded {
+        let Ok(parts) = action_parts(&base.encoded) else {
+            continue;
         };
-        let written = paths(&base);
-        parent.actions.retain(|_, other| {
-            other.mount != base.mount
-                || other.outputs.len() != base.outputs.len()
-                || paths(other) != written
-        });
+        let key = SubactionKey {
+            action_key: parts.action_key,
+            mount: base.mount.clone(),
+        };
+        if let Some(written) = Written::by(&base)
+            && let Some(earlier) = writers.insert(written, key.clone())
+        {
+            parent.actions.remove(&earlier);
+        }
+        parent.actions.insert(key, Arc::new(base));
     }
-    let key = SubactionKey {
-        action_key: parts.action_key,
-        mount: base.mount.clone(),
-    };
-    parent.actions.insert(key, Arc::new(base));
+}
+
+/// The files that an action writes, by place.
+#[derive(PartialEq, Eq, Hash)]
+struct Written {
+    mount: PathBuf,
+    paths: Vec<String>,
+}
+
+impl Written {
+    /// `None` where the place is not known, or nothing is written.
+    fn by(base: &BaseAction) -> Option<Self> {
+        let mut paths: Vec<_> = base.outputs.iter().map(|(path, _)| path.clone()).collect();
+        paths.sort_unstable();
+        let mount = base.mount.clone()?;
+        (!paths.is_empty()).then_some(Written { mount, paths })
+    }
 }
 
 /// `directory` without `suffix`, if it ends so: the directory that the input root stands for.

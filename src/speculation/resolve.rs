@@ -93,8 +93,13 @@ impl Resolver<'_> {
             .filter(|origin| !self.is_own_output(file, origin))
             .collect();
         if origins.len() > 1 {
-            if origins.iter().any(|origin| fits(file, origin)) {
-                origins.retain(|origin| fits(file, origin));
+            let places: Vec<PathBuf> = places(file.base, file.path).collect();
+            let fits = |origin: &&Origin| match origin {
+                Origin::Source(path) => places.contains(path),
+                Origin::Action { path, .. } => path == file.path,
+            };
+            if origins.iter().any(fits) {
+                origins.retain(fits);
             }
             origins.sort_by_key(|origin| matches!(origin, Origin::Action { .. }));
         }
@@ -105,14 +110,6 @@ impl Resolver<'_> {
     fn is_own_output(&self, file: TreeFile<'_>, origin: &Origin) -> bool {
         matches!(origin, Origin::Action { action, .. }
             if self.producers.get(action) == Some(&file.node))
-    }
-}
-
-/// Whether `origin` stands at the path that `file` stands for.
-fn fits(file: TreeFile<'_>, origin: &Origin) -> bool {
-    match origin {
-        Origin::Source(path) => places(file.base, file.path).any(|place| place == *path),
-        Origin::Action { path, .. } => path == file.path,
     }
 }
 

@@ -61,12 +61,13 @@ impl Project {
         project.write("src/main.c", &main);
         project.write(
             "Makefile",
-            "SOURCES := $(wildcard src/*.c)\n\
+            "CFLAGS = -O1\n\
+             SOURCES := $(wildcard src/*.c)\n\
              OBJECTS := $(SOURCES:src/%.c=build/%.o)\n\
              build/program: $(OBJECTS)\n\
              \t$(RECC) cc -o $@ $(OBJECTS)\n\
              build/%.o: src/%.c include/common.h build/few.h Makefile\n\
-             \t$(RECC) cc -O1 -Iinclude -Ibuild -c $< -o $@\n\
+             \t$(RECC) cc $(CFLAGS) -Iinclude -Ibuild -c $< -o $@\n\
              build/few.h: few.in\n\
              \tmkdir -p build\n\
              \techo \"#define FEW $$(cat few.in)\" > $@\n\

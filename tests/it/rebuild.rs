@@ -251,6 +251,25 @@ fn a_new_include_is_missed_without_harm_and_known_the_next_time() {
 }
 
 #[test]
+fn other_flags_replace_the_commands_that_were_recorded() {
+    let stage = Stage::set(&[]);
+    stage.project.make(&["clean"]);
+    assert!(stage.project.make(&["CFLAGS=-O2"]).status.success());
+    let counts = stage.counts();
+    assert_eq!(counts.primed, 0, "{counts:?}");
+    assert!(
+        counts.missed > UNITS as u64,
+        "every compile is a new command: {counts:?}"
+    );
+    stage.common(2);
+    stage.project.make(&["clean"]);
+    assert!(stage.project.make(&["CFLAGS=-O2"]).status.success());
+    let counts = stage.counts();
+    stage.assert_primed(counts, 1, ALL - 1);
+    assert_eq!(stage.project.run(), sum(2, 1));
+}
+
+#[test]
 fn a_broken_header_fails_as_it_would_without_primed_and_the_repair_builds() {
     let stage = Stage::set(&[]);
     stage
