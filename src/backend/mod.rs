@@ -12,7 +12,7 @@ use tokio_stream::Stream;
 use tonic::{Status, async_trait};
 
 use crate::cas::Digest;
-use crate::reapi::{ActionResult, CacheCapabilities};
+use crate::reapi::{ActionResult, ServerCapabilities};
 
 /// Encoded `google.longrunning.Operation` messages, as the backend sent them.
 pub type Operations = Pin<Box<dyn Stream<Item = Result<Bytes, Status>> + Send>>;
@@ -21,8 +21,8 @@ pub type Operations = Pin<Box<dyn Stream<Item = Result<Bytes, Status>> + Send>>;
 /// batching and verification are `cas::transfer`'s.
 #[async_trait]
 pub trait Backend: Send + Sync + 'static {
-    /// What the cache of `instance` can do and how much fits into one batch.
-    async fn cache_capabilities(&self, instance: &str) -> Result<CacheCapabilities, Status>;
+    /// What `instance` can do, how much fits into one batch, and which priorities it allows.
+    async fn capabilities(&self, instance: &str) -> Result<ServerCapabilities, Status>;
 
     /// Which of `digests` the CAS does not hold.
     async fn find_missing(&self, instance: &str, digests: &[Digest])

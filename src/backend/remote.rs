@@ -27,9 +27,9 @@ use crate::reapi::content_addressable_storage_client::ContentAddressableStorageC
 use crate::reapi::google::bytestream::byte_stream_client::ByteStreamClient;
 use crate::reapi::google::bytestream::{ReadRequest, WriteRequest};
 use crate::reapi::{
-    ActionResult, BatchReadBlobsRequest, BatchUpdateBlobsRequest, CacheCapabilities,
-    ExecuteRequest, ExecutionPolicy, FindMissingBlobsRequest, GetActionResultRequest,
-    GetCapabilitiesRequest, RequestMetadata, ToolDetails, batch_update_blobs_request,
+    ActionResult, BatchReadBlobsRequest, BatchUpdateBlobsRequest, ExecuteRequest, ExecutionPolicy,
+    FindMissingBlobsRequest, GetActionResultRequest, GetCapabilitiesRequest, RequestMetadata,
+    ServerCapabilities, ToolDetails, batch_update_blobs_request,
 };
 
 /// The largest message primed accepts on its own calls. Batches are kept far smaller; an
@@ -115,14 +115,14 @@ fn malformed(what: impl std::fmt::Display) -> Status {
 
 #[async_trait]
 impl Backend for Remote {
-    async fn cache_capabilities(&self, instance: &str) -> Result<CacheCapabilities, Status> {
+    async fn capabilities(&self, instance: &str) -> Result<ServerCapabilities, Status> {
         let message = GetCapabilitiesRequest {
             instance_name: instance.to_owned(),
         };
         let answer = CapabilitiesClient::new(self.channel.clone())
             .get_capabilities(request(message, None))
             .await?;
-        Ok(answer.into_inner().cache_capabilities.unwrap_or_default())
+        Ok(answer.into_inner())
     }
 
     async fn find_missing(

@@ -113,9 +113,10 @@ impl Cas {
         if let Some(limit) = self.batch_limits.lock().get(instance) {
             return *limit;
         }
-        let Ok(capabilities) = self.backend.cache_capabilities(instance).await else {
+        let Ok(capabilities) = self.backend.capabilities(instance).await else {
             return DEFAULT_BATCH;
         };
+        let capabilities = capabilities.cache_capabilities.unwrap_or_default();
         // Zero means that the backend sets no limit; gRPC's own remains.
         let limit = match u64::try_from(capabilities.max_batch_total_size_bytes) {
             Ok(limit @ 1..) => limit.min(DEFAULT_BATCH),

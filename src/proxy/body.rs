@@ -50,6 +50,13 @@ impl RequestBody {
                 break;
             }
         }
+        // Some clients half-close with an empty frame of its own, which may be here already.
+        while message.is_some()
+            && let Poll::Ready(Some(Ok(frame))) = poll_now(&mut body).await
+        {
+            read.extend(frame.data_ref().cloned());
+            frames.push_back(frame);
+        }
         if message.is_some() && body.is_end_stream() && frames.iter().all(Frame::is_data) {
             let whole = match read.as_slice() {
                 [only] => only.clone(),
@@ -67,6 +74,11 @@ impl RequestBody {
             _ => None,
         }
     }
+}
+
+/// The next frame, if it is there without waiting.
+async fn poll_now(body: &mut Incoming) -> Poll<Option<Result<Frame<Bytes>, hyper::Error>>> {
+    std::future::poll_fn(|cx| Poll::Ready(Pin::new(&mut *body).poll_frame(cx))).await
 }
 
 fn first_message(parts: &[Bytes]) -> Option<Bytes> {

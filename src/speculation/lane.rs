@@ -1,10 +1,12 @@
 //! The lane: starts what `Flights` says is next, follows it, and brings the result home. Cap and
 //! order are `Flights`' business; what is worth executing is `schedule`'s.
 
+use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
+use parking_lot::Mutex;
 use prost::Message;
 use tokio_stream::StreamExt;
 use tonic::Code;
@@ -14,33 +16,47 @@ use super::flights::{Departure, Ending, Flights, Outcome};
 use super::record::execution_time;
 use crate::backend::Backend;
 use crate::reapi::google::longrunning::{Operation, operation};
-use crate::reapi::{ActionResult, ExecuteResponse};
+use crate::reapi::{ActionResult, ExecuteResponse, ServerCapabilities};
 use crate::task;
 
-/// REAPI: larger numbers are less urgent, 0 is the default of clients.
+/// REAPI: larger numbers are less urgent, 0 is the default of all clients.
 const PRIORITY: i32 = 1000;
 
+struct Lane {
+    backend: Arc<dyn Backend>,
+    priorities: Mutex<HashMap<Arc<str>, i32>>,
+}
+
 /// Runs the lane until the task is dropped.
-pub async fn run(flights: Arc<Flights>, backend: Arc<dyn Backend>, activity: Activities) {
+pub async fn run(flights: Arc<Flights>, backend: Arc<dyn Backend>, activities: Activities) {
+    let lane = Arc::new(Lane {
+        backend,
+        priorities: Mutex::default(),
+    });
     loop {
         let departure = flights.depart().await;
-        let execution = execute(departure, backend.clone(), activity.begin());
+        let execution = execute(lane.clone(), departure, activities.begin());
         task::spawn("speculative execution", execution);
     }
 }
 
-async fn execute(departure: Departure, backend: Arc<dyn Backend>, activity: Activity) {
+async fn execute(lane: Arc<Lane>, departure: Departure, activity: Activity) {
     let action = departure.key().action;
     let mut time = Duration::ZERO;
-    let (outcome, ending) = match follow(&departure, backend.as_ref()).await {
-        Ok((operation, result)) if result.exit_code == 0 => {
+    let (outcome, ending) = match lane.follow(&departure).await {
+        Ok(Executed { result, cached, .. }) if cached => match result.exit_code {
+            0 => (Outcome::Cached(Arc::new(result)), Ending::Cached),
+            // A failure that is cached is the client's to see.
+            _ => (Outcome::Abandoned, Ending::Abandoned),
+        },
+        Ok(Executed {
+            operation, result, ..
+        }) if result.exit_code == 0 => {
             time = execution_time(&result).unwrap_or(time);
-            (
-                Outcome::Primed(Arc::new(result)),
-                Ending::Succeeded(operation),
-            )
+            let outcome = Outcome::Primed(Arc::new(result));
+            (outcome, Ending::Succeeded(operation))
         }
-        Ok((_, result)) => {
+        Ok(Executed { result, .. }) => {
             tracing::debug!(%action, exit_code = result.exit_code, "a speculative action failed");
             (Outcome::Failed, Ending::Failed)
         }
@@ -56,37 +72,118 @@ async fn execute(departure: Departure, backend: Arc<dyn Backend>, activity: Acti
     drop(activity);
 }
 
-/// Executes and follows the operation to its end. Returns the last operation, as it was sent,
-/// with the result in it.
-async fn follow(
-    departure: &Departure,
-    backend: &dyn Backend,
-) -> Result<(Bytes, ActionResult), String> {
-    let key = departure.key();
-    let mut operations = backend
-        .execute(&key.instance, key.action, PRIORITY)
-        .await
-        .map_err(|status| status.to_string())?;
-    while let Some(encoded) = operations.next().await {
-        let encoded = encoded.map_err(|status| status.to_string())?;
-        let operation = Operation::decode(encoded.clone()).map_err(|error| error.to_string())?;
-        if !operation.done {
-            departure.progress(encoded);
-            continue;
-        }
-        return match operation.result {
-            Some(operation::Result::Response(any)) => {
-                let response = ExecuteResponse::decode(any.value.as_ref())
-                    .map_err(|error| error.to_string())?;
-                let status = response.status.unwrap_or_default();
-                match response.result {
-                    Some(result) if status.code == Code::Ok as i32 => Ok((encoded, result)),
-                    _ => Err(format!("{:?}: {}", Code::from(status.code), status.message)),
-                }
+/// What came of an execution.
+struct Executed {
+    /// The last `Operation`, as it was sent.
+    operation: Bytes,
+    result: ActionResult,
+    /// Whether the backend had the result already.
+    cached: bool,
+}
+
+impl Lane {
+    /// Executes and follows the operation to its end.
+    async fn follow(&self, departure: &Departure) -> Result<Executed, String> {
+        let key = departure.key();
+        let priority = self.priority(&key.instance).await;
+        let mut operations = self
+            .backend
+            .execute(&key.instance, key.action, priority)
+            .await
+            .map_err(|status| status.to_string())?;
+        while let Some(encoded) = operations.next().await {
+            let encoded = encoded.map_err(|status| status.to_string())?;
+            let operation =
+                Operation::decode(encoded.clone()).map_err(|error| error.to_string())?;
+            if operation.done {
+                return executed(encoded, operation);
             }
-            Some(operation::Result::Error(status)) => Err(status.message),
-            None => Err("the operation ended without a result".to_owned()),
-        };
+            departure.progress(encoded);
+        }
+        Err("the backend closed the stream before the operation was done".to_owned())
     }
-    Err("the backend closed the stream before the operation was done".to_owned())
+
+    /// The least urgent priority that the backend allows, asked once for each instance.
+    async fn priority(&self, instance: &Arc<str>) -> i32 {
+        if let Some(known) = self.priorities.lock().get(instance) {
+            return *known;
+        }
+        let Ok(capabilities) = self.backend.capabilities(instance).await else {
+            return 0;
+        };
+        let priority = least_urgent(&capabilities);
+        self.priorities.lock().insert(instance.clone(), priority);
+        priority
+    }
+}
+
+/// The largest allowed number up to `PRIORITY`; 0, the default of all clients, where the backend
+/// names no ranges that allow more. (buildbox-casd names none, and ignores priorities.)
+fn least_urgent(capabilities: &ServerCapabilities) -> i32 {
+    let execution = capabilities.execution_capabilities.as_ref();
+    let ranges = execution.and_then(|execution| execution.execution_priority_capabilities.as_ref());
+    ranges
+        .into_iter()
+        .flat_map(|ranges| &ranges.priorities)
+        .filter(|range| range.min_priority <= PRIORITY)
+        .map(|range| range.max_priority.min(PRIORITY))
+        .max()
+        .unwrap_or(0)
+        .max(0)
+}
+
+fn executed(encoded: Bytes, operation: Operation) -> Result<Executed, String> {
+    match operation.result {
+        Some(operation::Result::Response(any)) => {
+            let response =
+                ExecuteResponse::decode(any.value.as_ref()).map_err(|error| error.to_string())?;
+            let status = response.status.unwrap_or_default();
+            match response.result {
+                Some(result) if status.code == Code::Ok as i32 => Ok(Executed {
+                    operation: encoded,
+                    result,
+                    cached: response.cached_result,
+                }),
+                _ => Err(format!("{:?}: {}", Code::from(status.code), status.message)),
+            }
+        }
+        Some(operation::Result::Error(status)) => Err(status.message),
+        None => Err("the operation ended without a result".to_owned()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::reapi::priority_capabilities::PriorityRange;
+    use crate::reapi::{ExecutionCapabilities, PriorityCapabilities};
+
+    fn allowing(ranges: &[(i32, i32)]) -> ServerCapabilities {
+        let priorities = ranges
+            .iter()
+            .map(|(min_priority, max_priority)| PriorityRange {
+                min_priority: *min_priority,
+                max_priority: *max_priority,
+            })
+            .collect();
+        ServerCapabilities {
+            execution_capabilities: Some(ExecutionCapabilities {
+                execution_priority_capabilities: Some(PriorityCapabilities { priorities }),
+                ..ExecutionCapabilities::default()
+            }),
+            ..ServerCapabilities::default()
+        }
+    }
+
+    #[test]
+    fn the_least_urgent_priority_that_the_backend_allows_is_used() {
+        assert_eq!(least_urgent(&ServerCapabilities::default()), 0);
+        assert_eq!(least_urgent(&allowing(&[(-10, 10)])), 10);
+        assert_eq!(least_urgent(&allowing(&[(-10, -1)])), 0);
+        assert_eq!(least_urgent(&allowing(&[(0, i32::MAX)])), PRIORITY);
+        assert_eq!(
+            least_urgent(&allowing(&[(0, 5), (100, 200), (5000, 6000)])),
+            200
+        );
+    }
 }
