@@ -17,7 +17,7 @@ use tonic::Code;
 use super::body::{RequestBody, ResponseBody};
 use super::lookup::is_sha256;
 use super::tap::{Observed, Tap};
-use super::{MAX_OBSERVED_REQUEST, Proxy, grpc, origin};
+use super::{MAX_OBSERVED_REQUEST, Proxy, grpc, origin, response};
 use crate::cas::Digest;
 use crate::reapi::ExecuteRequest;
 use crate::speculation::Engine;
@@ -66,7 +66,7 @@ pub async fn call(
                 let _ = frames.try_send(Frame::trailers(grpc::trailers(Code::Ok, "")));
                 let tap = Tap::new(engine.clone(), Observed::Execution, call);
                 tap.end_with(Answer::of_message(framed));
-                return grpc::started_response(ResponseBody::made(body));
+                return response::started(ResponseBody::made(body));
             }
             FirstWord::Nothing => {}
         }
@@ -138,7 +138,7 @@ fn joined(
         frames,
     };
     task::spawn("joined execution", relay.run(call, own, operation, stage));
-    grpc::started_response(ResponseBody::made(body))
+    response::started(ResponseBody::made(body))
 }
 
 /// Carries a joined execution to its client.

@@ -1,18 +1,15 @@
 //! The few words of gRPC over HTTP/2 that a proxy must speak itself.
 
 use bytes::{BufMut, Bytes, BytesMut};
-use http::header::{CONTENT_TYPE, HeaderMap, HeaderName, HeaderValue};
-use http::{Response, StatusCode};
+use http::header::{HeaderMap, HeaderName, HeaderValue};
 use std::time::Duration;
 use tonic::Code;
 
-use super::body::ResponseBody;
 use crate::speculation::observation::FRAME_HEADER;
 
 const GRPC_STATUS: HeaderName = HeaderName::from_static("grpc-status");
 const GRPC_MESSAGE: HeaderName = HeaderName::from_static("grpc-message");
 const GRPC_TIMEOUT: HeaderName = HeaderName::from_static("grpc-timeout");
-const APPLICATION_GRPC: HeaderValue = HeaderValue::from_static("application/grpc");
 
 /// The gRPC status in headers or trailers, if there is one.
 pub fn status(headers: &HeaderMap) -> Option<u32> {
@@ -51,23 +48,6 @@ pub fn trailers(code: Code, message: &str) -> HeaderMap {
 pub fn broken_upstream(error: &hyper::Error) -> HeaderMap {
     let message = format!("primed: the upstream broke off the call ({error}); try again");
     trailers(Code::Unavailable, &message)
-}
-
-/// A response without a body: "Trailers-Only" in gRPC's words.
-pub fn ended_response(code: Code, message: &str) -> Response<ResponseBody> {
-    let mut response = started_response(ResponseBody::empty());
-    response.headers_mut().extend(trailers(code, message));
-    response
-}
-
-/// A response whose status will come in its trailers.
-pub fn started_response(body: ResponseBody) -> Response<ResponseBody> {
-    let mut response = Response::new(body);
-    *response.status_mut() = StatusCode::OK;
-    response
-        .headers_mut()
-        .insert(CONTENT_TYPE, APPLICATION_GRPC);
-    response
 }
 
 /// `message` with the prefix that gRPC puts before each message.

@@ -12,7 +12,7 @@ use tonic::Code;
 
 use super::body::{RequestBody, ResponseBody};
 use super::tap::{Observed, Tap};
-use super::{MAX_OBSERVED_REQUEST, Proxy, again, grpc, hold_until, origin};
+use super::{MAX_OBSERVED_REQUEST, Proxy, again, grpc, hold_until, origin, response};
 use crate::cas::Digest;
 use crate::reapi::{GetActionResultRequest, digest_function};
 use crate::speculation::Engine;
@@ -117,7 +117,7 @@ async fn status_so_far(response: &mut Response<ResponseBody>) -> Option<u32> {
 fn hidden_failure(engine: &Engine, call: Call) -> Response<ResponseBody> {
     let message = format!("no result for action {}", call.key.action);
     Tap::new(engine.clone(), Observed::Lookup, call).end(Some(Code::NotFound as u32));
-    grpc::ended_response(Code::NotFound, &message)
+    response::ended(Code::NotFound, &message)
 }
 
 fn observed(

@@ -6,6 +6,7 @@ mod body;
 mod execution;
 mod grpc;
 mod lookup;
+mod response;
 mod tap;
 
 use std::sync::Arc;
@@ -78,10 +79,10 @@ impl Proxy {
             Ok(response) => response.map(ResponseBody::upstream),
             Err(error @ SendError::Connect { .. }) => {
                 let hint = "is it running, and is this its address?";
-                grpc::ended_response(Code::Unavailable, &format!("primed: {error}; {hint}"))
+                response::ended(Code::Unavailable, &format!("primed: {error}; {hint}"))
             }
             Err(error @ SendError::Stream { .. }) => {
-                grpc::ended_response(Code::Unavailable, &format!("primed: {error}; try again"))
+                response::ended(Code::Unavailable, &format!("primed: {error}; try again"))
             }
         }
     }

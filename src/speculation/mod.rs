@@ -21,6 +21,7 @@ mod recorder;
 mod resolve;
 mod schedule;
 pub mod store;
+mod workshop;
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};

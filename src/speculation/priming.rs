@@ -7,26 +7,22 @@
 use std::collections::HashMap;
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::Ordering;
 use std::time::Instant;
 
 use tokio::sync::{mpsc, oneshot};
 use tokio_util::task::AbortOnDropHandle;
 
 use super::activity::{Activities, Activity};
-use super::flights::{FlightKey, Flights, Landing, Outcome, ending};
+use super::flights::{FlightKey, Landing, Outcome, ending};
 use super::parent::{Parent, WeakKey};
 use super::prepare::{self, Job, Queue};
 use super::record::output_files;
 use super::schedule::{Outputs, Plan, Ready};
-use super::store::Store;
-use crate::backend::Backend;
+use super::workshop::Workshop;
 use crate::cas::Digest;
-use crate::cas::directories::DirectoryCache;
-use crate::cas::transfer::Cas;
 use crate::reapi::ActionResult;
 use crate::task;
-use crate::workspace::index::FileIndex;
 
 /// Messages that may wait for a priming that is busy.
 const MAILBOX: usize = 16 * 1024;
@@ -34,29 +30,6 @@ const MAILBOX: usize = 16 * 1024;
 const LANDINGS: usize = 1024;
 /// Looking at the workspace again for a miss may take this part of the time: one tenth.
 const SCAN_SHARE: u32 = 10;
-
-/// What all primings share.
-#[derive(Clone)]
-pub struct Workshop {
-    /// What is in flight.
-    pub flights: Arc<Flights>,
-    /// Where actions are executed and looked up.
-    pub backend: Arc<dyn Backend>,
-    /// Where blobs are read and uploaded.
-    pub cas: Cas,
-    /// Parsed directories.
-    pub directories: DirectoryCache,
-    /// Source files.
-    pub index: Arc<FileIndex>,
-    /// The records.
-    pub store: Arc<Store>,
-    /// What is under way.
-    pub activities: Activities,
-    /// Base actions that could not be adapted, ever.
-    pub unadaptable: Arc<AtomicU64>,
-    /// Told of each result that was primed: the build it was primed for.
-    pub primed: mpsc::Sender<u64>,
-}
 
 /// A handle on a priming. When it is dropped, what is queued is withdrawn.
 pub struct Priming {

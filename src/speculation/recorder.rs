@@ -10,8 +10,8 @@ use super::activity::Activity;
 use super::flights::FlightKey;
 use super::generate::generate;
 use super::parent::{Parent, ParentIdentity, WeakKey};
-use super::priming::Workshop;
 use super::record::{Subaction, record};
+use super::workshop::Workshop;
 use crate::config::Mode;
 use crate::task;
 

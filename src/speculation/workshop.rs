@@ -1,0 +1,37 @@
+//! What recording and priming share: the backend, its CAS, the workspace, the records.
+
+use std::sync::Arc;
+use std::sync::atomic::AtomicU64;
+
+use tokio::sync::mpsc;
+
+use super::activity::Activities;
+use super::flights::Flights;
+use super::store::Store;
+use crate::backend::Backend;
+use crate::cas::directories::DirectoryCache;
+use crate::cas::transfer::Cas;
+use crate::workspace::index::FileIndex;
+
+/// Handles on everything that works on records; clones are handles on the same.
+#[derive(Clone)]
+pub struct Workshop {
+    /// What is in flight.
+    pub flights: Arc<Flights>,
+    /// Where actions are executed and looked up.
+    pub backend: Arc<dyn Backend>,
+    /// Where blobs are read and uploaded.
+    pub cas: Cas,
+    /// Parsed directories.
+    pub directories: DirectoryCache,
+    /// Source files.
+    pub index: Arc<FileIndex>,
+    /// The records.
+    pub store: Arc<Store>,
+    /// What is under way.
+    pub activities: Activities,
+    /// Base actions that could not be adapted, ever.
+    pub unadaptable: Arc<AtomicU64>,
+    /// Told of each result that was primed: the build it was primed for.
+    pub primed: mpsc::Sender<u64>,
+}
