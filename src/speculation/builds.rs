@@ -266,3 +266,69 @@ pub struct BuildStatus {
     /// Recorded execution time of hits, and the elapsed part of joins.
     pub saved_ms: u64,
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::cas::Digest;
+
+    fn key(name: &str) -> FlightKey {
+        FlightKey {
+            instance: "".into(),
+            action: Digest::of(name.as_bytes()),
+        }
+    }
+
+    fn tcp_peer(address: &str) -> Peer {
+        Peer::new(PeerOrigin::Tcp(address.parse().unwrap()))
+    }
+
+    fn invoked_as(id: &str) -> RequestMetadata {
+        RequestMetadata {
+            tool_invocation_id: id.to_owned(),
+            ..RequestMetadata::default()
+        }
+    }
+
+    #[test]
+    fn each_action_counts_once_and_a_missed_one_may_still_be_joined() {
+        let peer = tcp_peer("192.0.2.1:4000");
+        let caller = Caller::identify(&peer, invoked_as("ci"), "here");
+        let mut build = Build::new(1, caller, 0);
+        assert!(!build.has_asked());
+        let second = Duration::from_secs(1);
+        build.count(&key("a"), Asked::Missed, Duration::ZERO);
+        build.count(&key("a"), Asked::Joined, second);
+        build.count(&key("b"), Asked::Missed, Duration::ZERO);
+        build.count(&key("b"), Asked::Cached, Duration::ZERO);
+        build.count(&key("c"), Asked::Hit, second);
+        build.count(&key("c"), Asked::Hit, second);
+        let status = build.status();
+        assert_eq!((status.asked, status.cached), (3, 0));
+        assert_eq!((status.hit, status.joined, status.missed), (1, 1, 1));
+        assert_eq!((status.used, status.saved_ms), (2, 2000));
+    }
+
+    #[test]
+    fn a_client_on_another_machine_is_known_by_its_invocation_alone() {
+        let peer = tcp_peer("192.0.2.1:4000");
+        let pid = std::process::id();
+        let caller = Caller::identify(&peer, invoked_as(&format!("here:{pid}")), "here");
+        assert_eq!(caller.key, BuildKey::Invocation(format!("here:{pid}")));
+        assert!(caller.ends_by_silence);
+        assert_eq!((caller.uid, caller.project_root), (None, None));
+        let silent = Caller::identify(&peer, RequestMetadata::default(), "here");
+        assert_eq!(silent.key, BuildKey::Connection(peer.id()));
+    }
+
+    #[test]
+    fn a_process_that_a_local_client_names_is_believed_only_on_this_host() {
+        let peer = tcp_peer("127.0.0.1:4000");
+        let pid = std::process::id();
+        let named = Caller::identify(&peer, invoked_as(&format!("here:{pid}")), "here");
+        assert!(matches!(&named.key, BuildKey::Process(process) if process.pid == pid as i32));
+        assert_eq!(named.project_root, std::env::current_dir().ok());
+        let elsewhere = Caller::identify(&peer, invoked_as(&format!("there:{pid}")), "here");
+        assert_eq!(elsewhere.key, BuildKey::Invocation(format!("there:{pid}")));
+    }
+}
