@@ -5,7 +5,7 @@
 
 use std::io;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU8, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
 use http::{Request, Response};
 use http_body::Body;
@@ -36,36 +36,46 @@ const CONNECTIONS: usize = 2;
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum UpstreamState {
-    /// No call has needed it yet.
+    /// There is no connection, because no call needed one.
     Idle,
-    /// The last attempt to connect succeeded.
+    /// There is a connection.
     Connected,
-    /// The last attempt to connect failed, or the last connection was lost.
+    /// There is no connection: the last attempt failed, or the last one broke.
     Unavailable,
 }
 
 /// The state of the upstream, shared by all shards and shown by `primed status`.
 #[derive(Debug, Default)]
-pub struct UpstreamHealth(AtomicU8);
+pub struct UpstreamHealth {
+    connections: AtomicUsize,
+    failed: AtomicBool,
+}
 
 impl UpstreamHealth {
-    /// What the last attempt showed.
+    /// What the connections and the last attempt show.
     pub fn state(&self) -> UpstreamState {
-        match self.0.load(Ordering::Relaxed) {
-            0 => UpstreamState::Idle,
-            1 => UpstreamState::Connected,
-            _ => UpstreamState::Unavailable,
+        if self.connections.load(Ordering::Relaxed) > 0 {
+            UpstreamState::Connected
+        } else if self.failed.load(Ordering::Relaxed) {
+            UpstreamState::Unavailable
+        } else {
+            UpstreamState::Idle
         }
     }
 
-    fn connected(&self, address: &Address) {
-        if self.0.swap(1, Ordering::Relaxed) != 1 {
+    fn opened(&self, address: &Address) {
+        let first = self.connections.fetch_add(1, Ordering::Relaxed) == 0;
+        if self.failed.swap(false, Ordering::Relaxed) || first {
             tracing::info!(upstream = %address, "connected to the upstream");
         }
     }
 
-    fn unavailable(&self, address: &Address, reason: &dyn std::fmt::Display) {
-        if self.0.swap(2, Ordering::Relaxed) != 2 {
+    fn closed(&self) {
+        self.connections.fetch_sub(1, Ordering::Relaxed);
+    }
+
+    fn failed(&self, address: &Address, reason: &dyn std::fmt::Display) {
+        if !self.failed.swap(true, Ordering::Relaxed) {
             tracing::warn!(upstream = %address, %reason, "the upstream is not available");
         }
     }
@@ -174,9 +184,8 @@ where
                 SendError::Connect { source, .. } => source,
                 SendError::Stream { source, .. } => source,
             };
-            self.health.unavailable(&self.address, reason);
+            self.health.failed(&self.address, reason);
         })?;
-        self.health.connected(&self.address);
         *slot.sender.lock() = Some(sender.clone());
         Ok(sender)
     }
@@ -203,10 +212,12 @@ where
             })?;
         let health = self.health.clone();
         let address = self.address.clone();
+        health.opened(&address);
         task::spawn("upstream connection", async move {
-            match connection.await {
-                Ok(()) => tracing::debug!(upstream = %address, "an upstream connection ended"),
-                Err(error) => health.unavailable(&address, &error),
+            let ended = connection.await;
+            health.closed();
+            if let Err(error) = ended {
+                health.failed(&address, &error);
             }
         });
         Ok(sender)

@@ -1,13 +1,16 @@
 //! Generation: finds for every file in the recorded input trees where it came from. Runs in the
 //! background after a parent has ended, over all of its actions at once: origins depend on the
 //! digest, not on the action, so a parent has one overlay table.
+//!
+//! A directory on disk counts as the root of input trees only if it is proven: at least one file
+//! below it has the digest that was recorded for its path. Others may have been edited since.
 
 use std::collections::{HashMap, HashSet};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use super::parent::{BaseAction, Origin, OverlayTable};
-use super::resolve::places;
+use super::resolve::roots;
 use crate::cas::Digest;
 use crate::cas::directories::{Trees, child_path};
 use crate::config::Mode;
@@ -32,12 +35,14 @@ pub fn generate(
         overlays: OverlayTable::default(),
         visited: HashSet::new(),
         seen: HashSet::new(),
-        is_source: HashMap::new(),
+        on_disk: HashMap::new(),
+        sources: Vec::new(),
+        proven: HashSet::new(),
     };
     for base in actions {
         generation.visit(base, trees);
     }
-    generation.overlays
+    generation.finish()
 }
 
 /// The files that actions write, by content and by place.
@@ -78,7 +83,18 @@ struct Generation<'a> {
     visited: HashSet<(Digest, Option<PathBuf>, String)>,
     /// Digests whose ACTION origins by content were added.
     seen: HashSet<Digest>,
-    is_source: HashMap<PathBuf, bool>,
+    /// What stands on disk at places that were looked at.
+    on_disk: HashMap<PathBuf, Option<Digest>>,
+    /// Files that are sources if their root is proven.
+    sources: Vec<SourceFile>,
+    /// Roots of input trees below which a file was as recorded.
+    proven: HashSet<PathBuf>,
+}
+
+struct SourceFile {
+    target: Digest,
+    root: PathBuf,
+    place: PathBuf,
 }
 
 impl Generation<'_> {
@@ -104,18 +120,15 @@ impl Generation<'_> {
     }
 
     fn add_origins(&mut self, base: &BaseAction, path: &str, target: Digest) {
-        let mut written = false;
-        for place in places(base, path) {
-            if let Some(origin) = self.outputs.by_place.get(&place) {
-                // What an action writes is no source, however old the file on disk is.
-                written = true;
-                if self.actions_too {
-                    self.overlays.add(target, origin.clone());
-                }
-            } else if !written && self.is_source(&place) {
-                self.overlays.add(target, Origin::Source(place));
-                break;
-            }
+        let written = base
+            .mount
+            .as_ref()
+            .and_then(|mount| self.outputs.by_place.get(&mount.join(path)));
+        match written {
+            Some(origin) if self.actions_too => self.overlays.add(target, origin.clone()),
+            // What an action writes is no source, however old the file on disk is.
+            Some(_) => {}
+            None => self.add_source(base, path, target),
         }
         if self.actions_too && self.seen.insert(target) {
             for origin in self.outputs.by_digest.get(&target).into_iter().flatten() {
@@ -124,14 +137,154 @@ impl Generation<'_> {
         }
     }
 
-    /// Whether a file stands at `place` on disk. It is hashed on this occasion, so that the next
-    /// build need only look at its metadata.
-    fn is_source(&mut self, place: &Path) -> bool {
-        if let Some(known) = self.is_source.get(place) {
+    /// Finds the file on disk that `path` stands for: the first that is as it was recorded, or
+    /// else the first that exists.
+    fn add_source(&mut self, base: &BaseAction, path: &str, target: Digest) {
+        let mut found = None;
+        for root in roots(base) {
+            let place = root.join(path);
+            let Some(digest) = self.on_disk(&place) else {
+                continue;
+            };
+            let file = SourceFile {
+                target,
+                root: root.to_owned(),
+                place,
+            };
+            if digest == target {
+                self.proven.insert(file.root.clone());
+                found = Some(file);
+                break;
+            }
+            found = found.or(Some(file));
+        }
+        self.sources.extend(found);
+    }
+
+    /// The digest of the file at `place`, if there is one. It is hashed on this occasion, so that
+    /// the next build need only look at its metadata.
+    fn on_disk(&mut self, place: &Path) -> Option<Digest> {
+        if let Some(known) = self.on_disk.get(place) {
             return *known;
         }
-        let readable = self.index.digest(place).is_ok();
-        self.is_source.insert(place.to_owned(), readable);
-        readable
+        let digest = self.index.digest(place).ok();
+        self.on_disk.insert(place.to_owned(), digest);
+        digest
+    }
+
+    fn finish(mut self) -> OverlayTable {
+        for file in self.sources {
+            if self.proven.contains(&file.root) {
+                self.overlays.add(file.target, Origin::Source(file.place));
+            }
+        }
+        self.overlays
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::cas::directories::Directory;
+    use crate::reapi;
+    use std::time::Duration;
+
+    /// A tree of one directory with these files.
+    fn tree(trees: &mut Trees, files: &[(&str, &str)]) -> Digest {
+        let files = files.iter().map(|(name, content)| reapi::FileNode {
+            name: (*name).to_owned(),
+            digest: Some(Digest::of(content.as_bytes()).to_proto()),
+            ..reapi::FileNode::default()
+        });
+        let message = reapi::Directory {
+            files: files.collect(),
+            ..reapi::Directory::default()
+        };
+        let (digest, encoded) = Digest::of_message(&message);
+        trees.insert(digest, Arc::new(Directory::parse(encoded).unwrap()));
+        digest
+    }
+
+    fn action(
+        name: &str,
+        mount: &Path,
+        input_root: Digest,
+        outputs: &[(&str, &str)],
+    ) -> Arc<BaseAction> {
+        Arc::new(BaseAction {
+            digest: Digest::of(name.as_bytes()),
+            encoded: bytes::Bytes::new(),
+            input_root,
+            mount: Some(mount.to_owned()),
+            file_system_root: "/".into(),
+            working_directory: String::new(),
+            outputs: outputs
+                .iter()
+                .map(|(path, content)| ((*path).to_owned(), Digest::of(content.as_bytes())))
+                .collect(),
+            duration: Duration::ZERO,
+            order: 0,
+            last_seen_unix_ms: 0,
+        })
+    }
+
+    fn origins(table: &OverlayTable, content: &str) -> Vec<Origin> {
+        table.origins(&Digest::of(content.as_bytes())).to_vec()
+    }
+
+    #[test]
+    fn sources_are_found_on_disk_and_outputs_at_their_action() {
+        let scratch = tempfile::tempdir().unwrap();
+        let root = scratch.path();
+        std::fs::write(root.join("a.c"), "source").unwrap();
+        std::fs::write(root.join("edited.h"), "edited since").unwrap();
+        std::fs::write(root.join("a.o"), "stale object").unwrap();
+        let mut trees = Trees::new();
+        let compiled = [
+            ("a.c", "source"),
+            ("edited.h", "recorded"),
+            ("gone.h", "gone"),
+        ];
+        let compile = tree(&mut trees, &compiled);
+        let link = tree(&mut trees, &[("a.o", "object")]);
+        let actions = [
+            action("compile", root, compile, &[("a.o", "object")]),
+            action("link", root, link, &[("program", "program")]),
+        ];
+        let index = FileIndex::default();
+        let table = generate(&actions, &trees, &index, Mode::Full);
+        assert_eq!(
+            origins(&table, "source"),
+            [Origin::Source(root.join("a.c"))]
+        );
+        assert_eq!(
+            origins(&table, "recorded"),
+            [Origin::Source(root.join("edited.h"))]
+        );
+        assert_eq!(origins(&table, "gone"), []);
+        let compiled = Origin::Action {
+            action: actions[0].digest,
+            path: "a.o".to_owned(),
+        };
+        assert_eq!(origins(&table, "object"), [compiled]);
+
+        let table = generate(&actions, &trees, &index, Mode::SourceArtifact);
+        assert_eq!(
+            origins(&table, "object"),
+            [],
+            "a stale object is no source either"
+        );
+    }
+
+    #[test]
+    fn a_directory_below_which_nothing_is_as_recorded_is_no_root() {
+        let scratch = tempfile::tempdir().unwrap();
+        let root = scratch.path();
+        std::fs::write(root.join("a.c"), "of another project").unwrap();
+        let mut trees = Trees::new();
+        let input = tree(&mut trees, &[("a.c", "source")]);
+        let actions = [action("compile", root, input, &[])];
+        let table = generate(&actions, &trees, &FileIndex::default(), Mode::Full);
+        assert_eq!(table.iter().count(), 0);
     }
 }

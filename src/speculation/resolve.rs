@@ -93,7 +93,7 @@ impl Resolver<'_> {
             .filter(|origin| !self.is_own_output(file, origin))
             .collect();
         if origins.len() > 1 {
-            let places: Vec<PathBuf> = places(file.base, file.path).collect();
+            let places: Vec<PathBuf> = roots(file.base).map(|root| root.join(file.path)).collect();
             let fits = |origin: &&Origin| match origin {
                 Origin::Source(path) => places.contains(path),
                 Origin::Action { path, .. } => path == file.path,
@@ -113,14 +113,11 @@ impl Resolver<'_> {
     }
 }
 
-/// The absolute paths that a path of an input tree may stand for: below the mount, or (for
-/// clients that put absolute paths into their trees) below the root of the file system.
-pub fn places<'a>(base: &'a BaseAction, path: &'a str) -> impl Iterator<Item = PathBuf> + 'a {
-    base.mount
-        .iter()
-        .map(PathBuf::as_path)
-        .chain([base.file_system_root.as_path()])
-        .map(move |root: &Path| root.join(path))
+/// The directories on disk that the root of an input tree may stand for: the mount, or (for
+/// clients that put absolute paths into their trees) the root of the file system.
+pub fn roots(base: &BaseAction) -> impl Iterator<Item = &Path> {
+    let mount = base.mount.iter().map(PathBuf::as_path);
+    mount.chain([base.file_system_root.as_path()])
 }
 
 #[cfg(test)]
