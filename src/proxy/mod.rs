@@ -80,9 +80,13 @@ impl Proxy {
                 let hint = "is it running, and is this its address?";
                 grpc::ended_response(Code::Unavailable, &format!("primed: {error}; {hint}"))
             }
-            Err(error @ SendError::Stream { .. }) => {
-                grpc::ended_response(Code::Unavailable, &format!("primed: {error}; try again"))
-            }
+            Err(SendError::Stream { address, source }) => match grpc::reset_by_upstream(&source) {
+                Some(reason) => grpc::started_response(ResponseBody::reset(reason)),
+                None => {
+                    let error = SendError::Stream { address, source };
+                    grpc::ended_response(Code::Unavailable, &format!("primed: {error}; try again"))
+                }
+            },
         }
     }
 

@@ -3,3 +3,4 @@
 mod project;
 mod rebuild;
 mod support;
+mod wire;
