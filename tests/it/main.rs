@@ -1,6 +1,8 @@
 //! Tests of the whole: primed as its users run it, with real recc and buildbox-casd.
 
+mod grpcio;
 mod project;
+mod proxy;
 mod rebuild;
 mod support;
 mod wire;
