@@ -1,7 +1,6 @@
 //! Bodies of forwarded calls. Frames pass by reference count; nothing is copied or decoded.
 
 use std::collections::VecDeque;
-use std::convert::Infallible;
 use std::pin::Pin;
 use std::task::{Context, Poll, ready};
 
@@ -134,6 +133,8 @@ enum Source {
     Peeked(Option<Frame<Bytes>>, Incoming),
     /// Made by primed, for a joined execution.
     Made(mpsc::Receiver<Frame<Bytes>>),
+    /// The upstream reset the stream.
+    Reset(h2::Reason),
     Ended,
 }
 
@@ -150,6 +151,14 @@ impl ResponseBody {
     pub fn made(frames: mpsc::Receiver<Frame<Bytes>>) -> Self {
         ResponseBody {
             source: Source::Made(frames),
+            tap: None,
+        }
+    }
+
+    /// No body, but the reset that the upstream sent.
+    pub fn reset(reason: h2::Reason) -> Self {
+        ResponseBody {
+            source: Source::Reset(reason),
             tap: None,
         }
     }
@@ -175,29 +184,43 @@ impl ResponseBody {
             else {
                 return None;
             };
-            let frame = match body.frame().await {
-                Some(Ok(frame)) => Some(frame),
-                // A broken body: polling it once more ends it as it ended here.
-                Some(Err(error)) => Some(Frame::trailers(grpc::broken_upstream(&error))),
-                None => None,
+            self.source = match body.frame().await.transpose() {
+                Ok(frame) => Source::Peeked(frame, body),
+                Err(error) => match grpc::reset_by_upstream(&error) {
+                    Some(reason) => Source::Reset(reason),
+                    None => {
+                        Source::Peeked(Some(Frame::trailers(grpc::broken_upstream(&error))), body)
+                    }
+                },
             };
-            self.source = Source::Peeked(frame, body);
         }
         match &self.source {
             Source::Peeked(Some(frame), _) => frame.trailers_ref().cloned(),
             _ => None,
         }
     }
+
+    /// What a reset means is for the client to say, as it would without primed.
+    fn end_with_reset(
+        &mut self,
+        reason: h2::Reason,
+    ) -> Poll<Option<Result<Frame<Bytes>, h2::Error>>> {
+        self.source = Source::Ended;
+        if let Some(tap) = self.tap.take() {
+            tap.end(None);
+        }
+        Poll::Ready(Some(Err(reason.into())))
+    }
 }
 
 impl Body for ResponseBody {
     type Data = Bytes;
-    type Error = Infallible;
+    type Error = h2::Error;
 
     fn poll_frame(
         self: Pin<&mut Self>,
         cx: &mut Context<'_>,
-    ) -> Poll<Option<Result<Frame<Bytes>, Infallible>>> {
+    ) -> Poll<Option<Result<Frame<Bytes>, h2::Error>>> {
         let this = self.get_mut();
         let polled = match &mut this.source {
             Source::Upstream(body) => ready!(Pin::new(body).poll_frame(cx)),
@@ -206,13 +229,20 @@ impl Body for ResponseBody {
                 None => ready!(Pin::new(rest).poll_frame(cx)),
             },
             Source::Made(frames) => ready!(frames.poll_recv(cx)).map(Ok),
+            Source::Reset(reason) => {
+                let reason = *reason;
+                return this.end_with_reset(reason);
+            }
             Source::Ended => None,
         };
         let frame = match polled {
             Some(Ok(frame)) => frame,
-            // The upstream broke off. A reset would reach the client as an internal error;
-            // gRPC's own word for a lost server is UNAVAILABLE, which clients retry.
-            Some(Err(error)) => Frame::trailers(grpc::broken_upstream(&error)),
+            Some(Err(error)) => match grpc::reset_by_upstream(&error) {
+                Some(reason) => return this.end_with_reset(reason),
+                // The connection broke. A reset would reach the client as an internal error;
+                // gRPC's own word for a lost server is UNAVAILABLE, which clients retry.
+                None => Frame::trailers(grpc::broken_upstream(&error)),
+            },
             None => {
                 this.source = Source::Ended;
                 return Poll::Ready(None);
@@ -240,7 +270,7 @@ impl Body for ResponseBody {
         match &self.source {
             Source::Upstream(body) => body.is_end_stream(),
             Source::Peeked(first, rest) => first.is_none() && rest.is_end_stream(),
-            Source::Made(_) => false,
+            Source::Made(_) | Source::Reset(_) => false,
             Source::Ended => true,
         }
     }

@@ -187,7 +187,9 @@ impl Relay {
             // What would have stood in the headers ends the stream that has begun.
             self.send(Frame::trailers(parts.headers)).await;
         }
-        while let Some(Ok(frame)) = body.frame().await {
+        while let Some(frame) = body.frame().await {
+            let frame =
+                frame.unwrap_or_else(|reset| Frame::trailers(grpc::broken_upstream(&reset)));
             if self.frames.send(frame).await.is_err() {
                 return;
             }

@@ -45,9 +45,23 @@ pub fn trailers(code: Code, message: &str) -> HeaderMap {
 }
 
 /// Trailers for a call whose upstream broke off in the middle.
-pub fn broken_upstream(error: &hyper::Error) -> HeaderMap {
+pub fn broken_upstream(error: &dyn std::error::Error) -> HeaderMap {
     let message = format!("primed: the upstream broke off the call ({error}); try again");
     trailers(Code::Unavailable, &message)
+}
+
+/// The reason of a reset that the upstream sent, if that is what ended a stream.
+pub fn reset_by_upstream(error: &hyper::Error) -> Option<h2::Reason> {
+    let mut cause: Option<&(dyn std::error::Error + 'static)> = Some(error);
+    while let Some(error) = cause {
+        if let Some(error) = error.downcast_ref::<h2::Error>() {
+            return error
+                .reason()
+                .filter(|_| error.is_reset() && error.is_remote());
+        }
+        cause = error.source();
+    }
+    None
 }
 
 /// `message` with the prefix that gRPC puts before each message.

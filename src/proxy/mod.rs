@@ -81,9 +81,13 @@ impl Proxy {
                 let hint = "is it running, and is this its address?";
                 response::ended(Code::Unavailable, &format!("primed: {error}; {hint}"))
             }
-            Err(error @ SendError::Stream { .. }) => {
-                response::ended(Code::Unavailable, &format!("primed: {error}; try again"))
-            }
+            Err(SendError::Stream { address, source }) => match grpc::reset_by_upstream(&source) {
+                Some(reason) => response::started(ResponseBody::reset(reason)),
+                None => {
+                    let error = SendError::Stream { address, source };
+                    response::ended(Code::Unavailable, &format!("primed: {error}; try again"))
+                }
+            },
         }
     }
 

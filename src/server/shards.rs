@@ -35,6 +35,9 @@ const BACKLOG: usize = 1024;
 const MAX_CONCURRENT_STREAMS: u32 = 100_000;
 /// A client that cancels a burst of calls is no attack: h2's own limit (20) closes the connection.
 const MAX_PENDING_RESETS: usize = 10_000;
+/// How long a connection without any call may last after a request to stop. hyper waits for the
+/// client's side of the handshake, and a client that has nothing to say may never send it.
+const SILENT_GRACE: Duration = Duration::from_secs(1);
 
 /// All shards of one server.
 pub struct Shards {
@@ -202,7 +205,11 @@ impl Worker {
                 ended = &mut serving => ended,
                 () = stopped(&mut shutdown) => {
                     serving.as_mut().graceful_shutdown();
-                    serving.await
+                    match tokio::time::timeout(SILENT_GRACE, serving.as_mut()).await {
+                        Ok(ended) => ended,
+                        Err(_) if fresh.load(Ordering::Relaxed) => Ok(()),
+                        Err(_) => serving.await,
+                    }
                 }
             };
             if let Err(error) = ended {

@@ -1,0 +1,324 @@
+//! Forwarding: through primed, a client and a server see of each other what they see without it.
+
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    reason = "a test that cannot set the stage fails"
+)]
+
+use std::collections::BTreeMap;
+use std::os::unix::net::UnixStream;
+
+use prost::Message;
+use rustix::process::Signal;
+use serde_json::Value;
+
+use primed::reapi::google::bytestream::ReadRequest;
+use primed::reapi::{ExecuteRequest, GetActionResultRequest};
+
+use crate::grpcio::{AnyServer, Ended, Grpcio, Session, hex, target};
+use crate::support::{Casd, Primed, connects, scratch, wait_until};
+
+const GET_ACTION_RESULT: &str = "/build.bazel.remote.execution.v2.ActionCache/GetActionResult";
+const EXECUTE: &str = "/build.bazel.remote.execution.v2.Execution/Execute";
+const GET_CAPABILITIES: &str = "/build.bazel.remote.execution.v2.Capabilities/GetCapabilities";
+const READ: &str = "/google.bytestream.ByteStream/Read";
+
+/// The digest of a blob that nobody has.
+const ABSENT: &str = "00000000000000000000000000000000000000000000000000000000deadbeef";
+
+#[test]
+fn a_new_client_and_a_new_server_see_of_each_other_what_they_see_without_primed() {
+    same_through_primed(Grpcio::New, Grpcio::New, &[]);
+}
+
+#[test]
+fn an_old_client_and_an_old_server_see_of_each_other_what_they_see_without_primed() {
+    same_through_primed(Grpcio::Old, Grpcio::Old, &[]);
+}
+
+#[test]
+fn a_new_client_and_an_old_server_see_of_each_other_what_they_see_without_primed() {
+    same_through_primed(Grpcio::New, Grpcio::Old, &["--mode", "none"]);
+}
+
+#[test]
+fn an_old_client_and_a_new_server_see_of_each_other_what_they_see_without_primed() {
+    same_through_primed(Grpcio::Old, Grpcio::New, &["--mode", "prime-only"]);
+}
+
+fn same_through_primed(client: Grpcio, server: Grpcio, arguments: &[&str]) {
+    let scratch = scratch();
+    let server = AnyServer::start(scratch.path(), server);
+    let primed = Primed::start_with(scratch.path(), &server.address(), arguments);
+    let direct = client.transcript(&server.target(), &server);
+    assert_eq!(primed.status()["upstream"]["state"], "idle");
+    let proxied = client.transcript(&target(&primed.socket()), &server);
+    assert_eq!(primed.status()["upstream"]["state"], "connected");
+    covers_what_it_should(&direct);
+    for (case, seen) in &direct {
+        assert_eq!(
+            proxied.get(case),
+            Some(seen),
+            "{case}: left through primed, right directly"
+        );
+    }
+    assert_eq!(direct.len(), proxied.len());
+}
+
+/// Transcripts of calls that all failed alike would be equal too.
+fn covers_what_it_should(transcript: &BTreeMap<String, Value>) {
+    let case = |name: &str| &transcript[name];
+    for kind in [
+        "unary_unary",
+        "stream_unary",
+        "unary_stream",
+        "stream_stream",
+    ] {
+        let plain = case(kind);
+        assert_eq!(plain["code"], "StatusCode.OK", "{plain}");
+        assert_eq!(plain["messages"][0], "hello");
+        for place in [&plain["initial"], &plain["trailing"]] {
+            assert_eq!(place["repeated"][1], "two", "{plain}");
+            assert_eq!(place["blob-bin"][0].as_str().map(str::len), Some(512));
+        }
+        let agent = plain["server"]["metadata"]["user-agent"][0].as_str();
+        assert!(agent.is_some_and(|agent| agent.starts_with("grpc-python/")));
+        assert_eq!(plain["deadline"], true);
+        assert_eq!(
+            case(&format!("{kind}.no_deadline"))["deadline"],
+            Value::Null
+        );
+
+        let late = case(&format!("{kind}.deadline"));
+        assert_eq!(late["code"], "StatusCode.DEADLINE_EXCEEDED", "{late}");
+        assert_eq!(late["server"]["client_left"], true, "{late}");
+
+        let unknown = case(&format!("{kind}.unknown"));
+        assert_eq!(unknown["code"], "StatusCode.UNIMPLEMENTED", "{unknown}");
+
+        let failed = case(&format!("{kind}.fails_5"));
+        assert_eq!(failed["code"], "StatusCode.NOT_FOUND", "{failed}");
+        assert!(
+            failed["details"]
+                .as_str()
+                .is_some_and(|details| details.contains('失'))
+        );
+        assert!(failed["trailing"]["grpc-status-details-bin"].is_array());
+    }
+    let huge = case("huge_unary")["messages"][0].as_str();
+    assert!(huge.is_some_and(|huge| huge.starts_with("20971520 bytes")));
+    for name in [
+        "Enough.while_sending_100000",
+        "client_stream",
+        "huge_metadata",
+        "turns",
+    ] {
+        assert_eq!(case(name)["code"], "StatusCode.OK", "{}", case(name));
+    }
+    assert_eq!(
+        case("Refuse.while_sending_1")["code"],
+        "StatusCode.ALREADY_EXISTS"
+    );
+    for name in ["server_stream", "client_stream", "after_last_request"] {
+        let cancelled = case(&format!("cancel.{name}"));
+        assert_eq!(cancelled["code"], "StatusCode.CANCELLED", "{cancelled}");
+        assert_eq!(cancelled["server"]["client_left"], true, "{cancelled}");
+    }
+}
+
+#[test]
+fn sockets_whose_paths_need_percent_encoding_serve_old_and_new_clients() {
+    let scratch = scratch();
+    let directory = scratch.path().join("a %41+b:c=d@é&~(e)");
+    std::fs::create_dir(&directory).unwrap();
+    let server = AnyServer::start(&directory, Grpcio::New);
+    let primed = Primed::start(&directory, &server.address());
+    for client in [Grpcio::Old, Grpcio::New] {
+        let mut session = Session::start(client, &target(&primed.socket()));
+        let ended = session.call("/some.Service/Echo", b"hello");
+        assert_eq!(ended.code, "OK", "{client:?}: {ended:?}");
+        assert_eq!(ended.messages, [hex(b"hello")]);
+    }
+}
+
+#[test]
+fn hundreds_of_streams_on_one_connection_and_a_connection_for_each_call_work() {
+    let scratch = scratch();
+    let server = AnyServer::start(scratch.path(), Grpcio::New);
+    let primed = Primed::start(scratch.path(), &server.address());
+    for client in [Grpcio::Old, Grpcio::New] {
+        client.run("many.py", &[&target(&primed.socket())]);
+    }
+}
+
+/// A casd with primed before it, and a client of each.
+fn with_casd(claim: impl Fn(&mut dyn FnMut(&str, &[u8]) -> Ended)) {
+    let scratch = scratch();
+    let casd = Casd::start(scratch.path(), 1);
+    let mut primed = Primed::start(scratch.path(), &casd.address());
+    for client in [Grpcio::Old, Grpcio::New] {
+        let mut directly = Session::start(client, &casd.address());
+        let mut through_primed = Session::start(client, &primed.address());
+        claim(&mut |method, request| {
+            let direct = directly.call(method, request);
+            let proxied = through_primed.call(method, request);
+            if method == EXECUTE {
+                // The operation has a name of its own each time, always equally long.
+                let unnamed = |ended: &Ended| {
+                    let lengths = ended
+                        .messages
+                        .iter()
+                        .map(|message| message.len().to_string());
+                    Ended {
+                        messages: lengths.collect(),
+                        ..ended.clone()
+                    }
+                };
+                assert_eq!(unnamed(&proxied), unnamed(&direct), "{method}");
+            } else {
+                assert_eq!(
+                    proxied, direct,
+                    "{method}: left through primed, right directly"
+                );
+            }
+            direct
+        });
+    }
+    assert!(primed.daemon.is_running(), "{}", primed.daemon.log());
+    assert!(
+        !primed.daemon.log().contains("panic"),
+        "{}",
+        primed.daemon.log()
+    );
+}
+
+#[test]
+fn what_casd_answers_reaches_the_client_as_casd_said_it() {
+    with_casd(|call| {
+        let capabilities = call(GET_CAPABILITIES, b"");
+        assert_eq!(capabilities.code, "OK");
+        assert!(!capabilities.messages.is_empty());
+
+        let unknown = call(
+            "/build.bazel.remote.execution.v9.Future/Method",
+            b"anything",
+        );
+        assert_eq!(unknown.code, "UNIMPLEMENTED");
+
+        let miss = GetActionResultRequest {
+            action_digest: Some(primed::reapi::Digest {
+                hash: ABSENT.to_owned(),
+                size_bytes: 7,
+            }),
+            ..Default::default()
+        };
+        assert_eq!(
+            call(GET_ACTION_RESULT, &miss.encode_to_vec()).code,
+            "NOT_FOUND"
+        );
+
+        let execute = ExecuteRequest {
+            action_digest: miss.action_digest.clone(),
+            ..Default::default()
+        };
+        let execute = execute.encode_to_vec();
+        assert_eq!(
+            call(EXECUTE, &execute).code,
+            "OK",
+            "the operation holds the error"
+        );
+
+        let read = ReadRequest {
+            resource_name: format!("blobs/{ABSENT}/7"),
+            ..Default::default()
+        };
+        assert_eq!(call(READ, &read.encode_to_vec()).code, "NOT_FOUND");
+    });
+}
+
+#[test]
+fn requests_that_are_no_protobuf_get_the_answer_that_casd_gives_them() {
+    with_casd(|call| {
+        for method in [GET_ACTION_RESULT, EXECUTE] {
+            // A field that is longer than the message; a wire type that does not exist; nothing.
+            for request in [&b"\x12\x7fabc"[..], b"\xff\xff\xff", b""] {
+                assert_ne!(call(method, request).code, "UNAVAILABLE");
+            }
+        }
+    });
+}
+
+#[test]
+fn an_upstream_that_is_not_there_yet_is_named_and_reached_once_it_is() {
+    let scratch = scratch();
+    let upstream = format!("unix:{}/server.sock", scratch.path().display());
+    let primed = Primed::start(scratch.path(), &upstream);
+    let mut session = Session::start(Grpcio::New, &primed.address());
+    let refused = session.call("/some.Service/Echo", b"hello");
+    assert_eq!(refused.code, "UNAVAILABLE", "{refused:?}");
+    assert!(refused.details.contains(&upstream), "{refused:?}");
+    assert_eq!(primed.status()["upstream"]["state"], "unavailable");
+
+    let _server = AnyServer::start(scratch.path(), Grpcio::New);
+    let served = session.call("/some.Service/Echo", b"hello");
+    assert_eq!(served.code, "OK", "{served:?}");
+    assert_eq!(served.connected, 1, "the client kept its connection");
+    assert_eq!(primed.status()["upstream"]["state"], "connected");
+}
+
+#[test]
+fn an_upstream_that_dies_in_mid_stream_is_unavailable_until_it_is_back() {
+    let scratch = scratch();
+    let mut server = AnyServer::start(scratch.path(), Grpcio::New);
+    let primed = Primed::start(scratch.path(), &server.address());
+    let mut session = Session::start(Grpcio::New, &primed.address());
+    session.hold("/some.Service/Greet");
+    assert_eq!(session.message(), hex(b"welcome"));
+    server.daemon.kill();
+    let broken = session.ended();
+    assert_eq!(broken.code, "UNAVAILABLE", "{broken:?}");
+    assert_eq!(session.call("/some.Service/Echo", b"").code, "UNAVAILABLE");
+
+    let _server = AnyServer::start(scratch.path(), Grpcio::New);
+    let served = session.call("/some.Service/Echo", b"hello");
+    assert_eq!(served.code, "OK", "{served:?}");
+    assert_eq!(served.connected, 1, "the client kept its connection");
+}
+
+#[test]
+fn calls_in_progress_end_in_order_when_primed_is_told_to_stop() {
+    let scratch = scratch();
+    let server = AnyServer::start(scratch.path(), Grpcio::New);
+    let mut primed = Primed::start(scratch.path(), &server.address());
+    let mut idle = Session::start(Grpcio::Old, &primed.address());
+    assert_eq!(idle.call("/some.Service/Echo", b"").code, "OK");
+    let silent = UnixStream::connect(primed.socket()).unwrap();
+    let mut session = Session::start(Grpcio::New, &primed.address());
+    session.hold("/some.Service/Greet");
+    assert_eq!(session.message(), hex(b"welcome"));
+
+    primed.daemon.signal(Signal::TERM);
+    wait_until("new connections are refused", || {
+        !connects(&primed.socket())
+    });
+    wait_until("the socket file is removed", || !primed.socket().exists());
+    assert!(primed.daemon.is_running(), "a call is in progress");
+    session.release();
+    let ended = session.ended();
+    assert_eq!(ended.code, "OK", "{ended:?}");
+
+    assert_eq!(
+        primed.daemon.exit_code(),
+        Some(0),
+        "{}",
+        primed.daemon.log()
+    );
+    let log = primed.daemon.log();
+    assert!(
+        !log.contains("grace period"),
+        "idle clients were waited for: {log}"
+    );
+    assert!(!scratch.path().join("admin.sock").exists());
+    drop(silent);
+}
