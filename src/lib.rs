@@ -25,4 +25,5 @@ pub mod config;
 
 pub mod address;
 pub mod clock;
+pub mod digest;
 pub mod task;

@@ -11,7 +11,7 @@ use bytes::Bytes;
 use tokio_stream::Stream;
 use tonic::{Status, async_trait};
 
-use crate::cas::Digest;
+use crate::digest::Digest;
 use crate::reapi::{ActionResult, ServerCapabilities};
 
 /// Encoded `google.longrunning.Operation` messages, as the backend sent them.

@@ -20,7 +20,7 @@ use super::dial::dial;
 use super::http2::{CONNECTION_WINDOW, STREAM_WINDOW};
 use super::{Backend, Operations};
 use crate::address::Address;
-use crate::cas::Digest;
+use crate::digest::Digest;
 use crate::reapi::action_cache_client::ActionCacheClient;
 use crate::reapi::capabilities_client::CapabilitiesClient;
 use crate::reapi::content_addressable_storage_client::ContentAddressableStorageClient;
@@ -163,7 +163,7 @@ impl Backend for Remote {
             let code = response.status.map_or(0, |status| status.code);
             if code == Code::Ok as i32 {
                 let digest = response.digest.as_ref();
-                let digest = crate::cas::digest::required(digest).map_err(malformed)?;
+                let digest = crate::digest::required(digest).map_err(malformed)?;
                 blobs.push((digest, response.data));
             } else if code != Code::NotFound as i32 {
                 return Err(Status::new(

@@ -1,7 +1,7 @@
-//! Content: digests, input trees, a cache of parsed directories, batched fetch and upload.
+//! Content: a cache of parsed directories, batched fetch and upload. (`Digest` itself stands
+//! below, for `backend` speaks of it too.)
 
-pub mod digest;
 pub mod directories;
 pub mod transfer;
 
-pub use digest::Digest;
+pub use crate::digest::{self, Digest};
