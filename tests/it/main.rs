@@ -1,7 +1,8 @@
-//! Tests of the whole: primed as its users run it, with real recc, buildbox-casd and gRPC clients.
+//! Tests of the whole: primed as its users run it, with real recc and buildbox-casd.
 
 mod cli;
 mod examples;
+mod faults;
 mod grpcio;
 mod local_cas;
 mod project;

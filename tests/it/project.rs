@@ -26,6 +26,11 @@ pub struct Project {
 impl Project {
     /// Writes the project into `directory`; its clients talk to `server`.
     pub fn create(directory: &Path, server: &str) -> Self {
+        Project::of_units(directory, server, UNITS)
+    }
+
+    /// The same with this many units, at least `FEW`.
+    pub fn of_units(directory: &Path, server: &str, units: usize) -> Self {
         let directory = directory.join("project");
         std::fs::create_dir_all(directory.join("src")).unwrap();
         std::fs::create_dir_all(directory.join("include")).unwrap();
@@ -40,7 +45,7 @@ impl Project {
         project.write("few.in", "1\n");
         let mut main = String::new();
         let mut sum = String::from("0");
-        for unit in 0..UNITS {
+        for unit in 0..units {
             let include = if unit < FEW {
                 "#include \"few.h\"\n"
             } else {
@@ -95,6 +100,11 @@ impl Project {
 
     /// Runs `make -j2` with `arguments`.
     pub fn make(&self, arguments: &[&str]) -> Output {
+        self.command(arguments).output().unwrap()
+    }
+
+    /// `make -j2` with `arguments`, to be run.
+    pub fn command(&self, arguments: &[&str]) -> Command {
         let mut command = Command::new(make());
         for (name, _) in std::env::vars_os() {
             if name.to_string_lossy().starts_with("RECC_") {
@@ -108,9 +118,8 @@ impl Project {
             .envs(self.environment.iter().map(|(name, value)| (name, value)))
             .arg("-j2")
             .arg(format!("RECC={}", tool("recc").display()))
-            .args(arguments)
-            .output()
-            .unwrap()
+            .args(arguments);
+        command
     }
 
     /// Builds; fails the test if the build fails.

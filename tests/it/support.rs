@@ -150,6 +150,18 @@ impl Casd {
     pub fn address(&self) -> String {
         format!("unix:{}", self.socket.display())
     }
+
+    /// Kills it and starts it again, with its cache, or with an empty one.
+    pub fn restart(&mut self, directory: &Path, jobs: usize, keep_cache: bool) {
+        self.daemon.kill();
+        if self.socket.exists() {
+            std::fs::remove_file(&self.socket).unwrap();
+        }
+        if !keep_cache {
+            std::fs::remove_dir_all(directory.join("casd")).unwrap();
+        }
+        *self = Casd::start(directory, jobs);
+    }
 }
 
 /// Whether somebody listens on `socket`.
