@@ -66,11 +66,22 @@ impl RequestBody {
         (message, RequestBody::ReadAhead { frames, rest: body })
     }
 
-    /// The same body once more, if it is `Whole`.
+    /// The same body once more, for a method whose request is one message. Ask before it is sent.
     pub fn again(&self) -> Option<Self> {
         match self {
             RequestBody::Whole(whole) => Some(RequestBody::Whole(whole.clone())),
-            _ => None,
+            // Some clients (tonic's) end the stream with a frame of its own, later on.
+            RequestBody::ReadAhead { frames, .. } => {
+                let read: Option<Vec<&[u8]>> = frames
+                    .iter()
+                    .map(|frame| frame.data_ref().map(Bytes::as_ref))
+                    .collect();
+                let whole = Bytes::from(read?.concat());
+                let message = first_message(std::slice::from_ref(&whole))?;
+                (whole.len() == FRAME_HEADER + message.len())
+                    .then_some(RequestBody::Whole(Some(whole)))
+            }
+            RequestBody::Untouched(_) => None,
         }
     }
 }

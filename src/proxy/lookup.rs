@@ -55,12 +55,9 @@ pub async fn call(
         if engine.flights().has_failed(&call.key) {
             return hidden_failure(engine, call);
         }
-        // A body that cannot be sent twice is sent now, and the question is left out.
-        let (now, later) = match body.again() {
-            Some(copy) => (copy, Some(body)),
-            None => (body, None),
-        };
-        let mut response = proxy.forward(again(&parts), now).await;
+        // Of a body that cannot be sent twice, the question is left out.
+        let later = body.again();
+        let mut response = proxy.forward(again(&parts), body).await;
         let not_found = status_so_far(&mut response).await == Some(Code::NotFound as u32);
         match later {
             Some(later) if not_found && !asked && Instant::now() < deadline => {
