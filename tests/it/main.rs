@@ -1,11 +1,14 @@
 //! Tests of the whole: primed as its users run it, with real recc and buildbox-casd.
 
+mod backend;
 mod cli;
+mod client;
 mod examples;
 mod faults;
 mod grpcio;
 mod local_cas;
 mod project;
+mod protocol;
 mod proxy;
 mod rebuild;
 mod support;

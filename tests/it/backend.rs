@@ -1,0 +1,601 @@
+//! A backend in this process that speaks the Remote Execution API: content in memory, actions
+//! "executed" by a closure, and everything that was asked of it on record.
+
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    reason = "a test that cannot set the stage fails"
+)]
+
+use std::collections::{BTreeMap, HashMap};
+use std::path::{Path, PathBuf};
+use std::pin::Pin;
+use std::sync::Arc;
+use std::task::{Context, Poll};
+use std::thread::JoinHandle;
+
+use bytes::Bytes;
+use parking_lot::Mutex;
+use primed::backend::remote::REQUEST_METADATA_KEY;
+use primed::cas::Digest;
+use primed::reapi::action_cache_server::{ActionCache, ActionCacheServer};
+use primed::reapi::build::bazel::remote::execution::v2::*;
+use primed::reapi::capabilities_server::{Capabilities, CapabilitiesServer};
+use primed::reapi::content_addressable_storage_server::{
+    ContentAddressableStorage, ContentAddressableStorageServer,
+};
+use primed::reapi::execution_server::{Execution, ExecutionServer};
+use primed::reapi::google::bytestream::byte_stream_server::{ByteStream, ByteStreamServer};
+use primed::reapi::google::bytestream::{ReadRequest, ReadResponse, WriteRequest, WriteResponse};
+use primed::reapi::google::longrunning::{Operation, operation};
+use primed::reapi::google::rpc;
+use prost::Message;
+use tokio::net::{UnixListener, UnixStream};
+use tokio::sync::{mpsc, oneshot, watch};
+use tokio_stream::Stream;
+use tokio_stream::wrappers::ReceiverStream;
+use tonic::codegen::BoxStream;
+use tonic::{Code, Request, Response, Status, Streaming, async_trait};
+
+const MAX_MESSAGE: usize = 64 * 1024 * 1024;
+
+/// One execution, as the backend was asked for it.
+#[derive(Clone, Debug)]
+pub struct Run {
+    pub instance: String,
+    pub action: Digest,
+    pub priority: i32,
+    /// Whether primed asked for it by itself.
+    pub speculative: bool,
+    pub arguments: Vec<String>,
+    pub over: bool,
+}
+
+/// How an execution ends.
+#[derive(Clone, Debug)]
+pub enum Outcome {
+    /// Exit code 0, and this output.
+    Output(Bytes),
+    /// Another exit code.
+    Exit(i32),
+    /// The stream ends with this gRPC status, after a stage.
+    Broken(Code),
+    /// The call is refused before anything is said.
+    Refused(Code),
+    /// The operation is done, and holds this status.
+    Failed(Code),
+    /// The stream ends well, but the operation never does.
+    Cut,
+}
+
+type Behaviour = dyn Fn(&World, &Run) -> Outcome + Send + Sync;
+type Name = (String, Digest);
+
+/// What the backend holds, and what was asked of it.
+pub struct World {
+    state: Mutex<State>,
+    behaviour: Mutex<Arc<Behaviour>>,
+    /// While it is set, the executions that primed began do not end.
+    hold: watch::Sender<bool>,
+    /// While it is set, blobs that primed reads come back damaged.
+    pub damage: Mutex<bool>,
+}
+
+#[derive(Default)]
+struct State {
+    blobs: HashMap<Name, Bytes>,
+    results: HashMap<Name, ActionResult>,
+    runs: Vec<Run>,
+    most_speculative: usize,
+}
+
+impl World {
+    /// From now on, executions end as `behaviour` says.
+    pub fn behave(&self, behaviour: impl Fn(&World, &Run) -> Outcome + Send + Sync + 'static) {
+        *self.behaviour.lock() = Arc::new(behaviour);
+    }
+
+    /// Whether speculative executions are kept from ending.
+    pub fn hold(&self, hold: bool) {
+        self.hold.send_replace(hold);
+    }
+
+    pub fn put(&self, instance: &str, blob: Bytes) -> Digest {
+        let digest = Digest::of(&blob);
+        self.state
+            .lock()
+            .blobs
+            .insert((instance.to_owned(), digest), blob);
+        digest
+    }
+
+    pub fn blob(&self, instance: &str, digest: Digest) -> Option<Bytes> {
+        let name = (instance.to_owned(), digest);
+        self.state.lock().blobs.get(&name).cloned()
+    }
+
+    pub fn runs(&self) -> Vec<Run> {
+        self.state.lock().runs.clone()
+    }
+
+    /// What primed executed by itself.
+    pub fn speculative(&self) -> Vec<Run> {
+        let mut runs = self.runs();
+        runs.retain(|run| run.speculative);
+        runs
+    }
+
+    /// How often `action` was executed.
+    pub fn count(&self, action: Digest) -> usize {
+        let state = self.state.lock();
+        state.runs.iter().filter(|run| run.action == action).count()
+    }
+
+    /// How many speculative executions there were at once, at most.
+    pub fn most_speculative(&self) -> usize {
+        self.state.lock().most_speculative
+    }
+
+    pub fn running_speculative(&self) -> usize {
+        let state = self.state.lock();
+        running_speculative(&state)
+    }
+
+    /// The input files of an action by path; `None` if anything is missing.
+    pub fn inputs(&self, run: &Run) -> Option<BTreeMap<String, Bytes>> {
+        let action = Action::decode(self.blob(&run.instance, run.action)?).ok()?;
+        let root = Digest::try_from(action.input_root_digest.as_ref()?).ok()?;
+        let mut files = BTreeMap::new();
+        let mut open = vec![(String::new(), root)];
+        while let Some((path, directory)) = open.pop() {
+            let directory = Directory::decode(self.blob(&run.instance, directory)?).ok()?;
+            for file in &directory.files {
+                let digest = Digest::try_from(file.digest.as_ref()?).ok()?;
+                let path = format!("{path}{}", file.name);
+                files.insert(path, self.blob(&run.instance, digest)?);
+            }
+            for child in &directory.directories {
+                let digest = Digest::try_from(child.digest.as_ref()?).ok()?;
+                open.push((format!("{path}{}/", child.name), digest));
+            }
+        }
+        Some(files)
+    }
+
+    fn begin(&self, run: Run) -> usize {
+        let mut state = self.state.lock();
+        state.runs.push(run);
+        state.most_speculative = state.most_speculative.max(running_speculative(&state));
+        state.runs.len() - 1
+    }
+}
+
+fn running_speculative(state: &State) -> usize {
+    let running = |run: &&Run| run.speculative && !run.over;
+    state.runs.iter().filter(running).count()
+}
+
+/// What a compiler would do: the output depends on the command, and on all inputs less what
+/// stands behind `//` in them.
+pub fn compile(world: &World, run: &Run) -> Outcome {
+    let Some(inputs) = world.inputs(run) else {
+        return Outcome::Failed(Code::NotFound);
+    };
+    let mut output = run.arguments.join(" ");
+    for (path, content) in inputs {
+        let text = String::from_utf8_lossy(&content);
+        let read: Vec<&str> = text
+            .lines()
+            .map(|line| line.split("//").next().unwrap_or_default().trim_end())
+            .collect();
+        if read.iter().any(|line| line.contains("#error")) {
+            return Outcome::Exit(1);
+        }
+        let digest = Digest::of(read.join("\n").as_bytes());
+        output.push_str(&format!("\n{path} {digest}"));
+    }
+    Outcome::Output(output.into())
+}
+
+/// The backend, listening.
+pub struct FakeBackend {
+    pub world: Arc<World>,
+    socket: PathBuf,
+    stop: Option<oneshot::Sender<()>>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl FakeBackend {
+    /// Starts it in `directory`, on a thread of its own.
+    pub fn start(directory: &Path) -> Self {
+        let world = Arc::new(World {
+            state: Mutex::default(),
+            behaviour: Mutex::new(Arc::new(compile)),
+            hold: watch::Sender::new(false),
+            damage: Mutex::new(false),
+        });
+        let socket = directory.join("backend.sock");
+        let (stop, stopped) = oneshot::channel();
+        let service = Service(world.clone());
+        let bound = std::os::unix::net::UnixListener::bind(&socket).unwrap();
+        bound.set_nonblocking(true).unwrap();
+        let serve = async move {
+            let incoming = Incoming(UnixListener::from_std(bound).unwrap());
+            tonic::transport::Server::builder()
+                .add_service(CapabilitiesServer::new(service.clone()))
+                .add_service(ActionCacheServer::new(service.clone()))
+                .add_service(ByteStreamServer::new(service.clone()))
+                .add_service(ExecutionServer::new(service.clone()))
+                .add_service(
+                    ContentAddressableStorageServer::new(service)
+                        .max_decoding_message_size(MAX_MESSAGE),
+                )
+                .serve_with_incoming_shutdown(incoming, async {
+                    let _ = stopped.await;
+                })
+                .await
+                .unwrap();
+        };
+        let thread = std::thread::Builder::new()
+            .name("backend".to_owned())
+            .spawn(move || {
+                let runtime = tokio::runtime::Builder::new_current_thread()
+                    .enable_all()
+                    .build()
+                    .unwrap();
+                runtime.block_on(serve);
+            })
+            .unwrap();
+        FakeBackend {
+            world,
+            socket,
+            stop: Some(stop),
+            thread: Some(thread),
+        }
+    }
+
+    pub fn address(&self) -> String {
+        format!("unix:{}", self.socket.display())
+    }
+}
+
+impl Drop for FakeBackend {
+    fn drop(&mut self) {
+        self.world.hold(false);
+        drop(self.stop.take());
+        if let Some(thread) = self.thread.take() {
+            let _ = thread.join();
+        }
+    }
+}
+
+struct Incoming(UnixListener);
+
+impl Stream for Incoming {
+    type Item = std::io::Result<UnixStream>;
+
+    fn poll_next(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Self::Item>> {
+        self.0
+            .poll_accept(cx)
+            .map(|accepted| Some(accepted.map(|(stream, _)| stream)))
+    }
+}
+
+#[derive(Clone)]
+struct Service(Arc<World>);
+
+fn is_primed<T>(request: &Request<T>) -> bool {
+    let metadata = request.metadata().get_bin(REQUEST_METADATA_KEY);
+    metadata
+        .and_then(|value| value.to_bytes().ok())
+        .and_then(|bytes| RequestMetadata::decode(bytes).ok())
+        .and_then(|metadata| metadata.tool_details)
+        .is_some_and(|tool| tool.tool_name == "primed")
+}
+
+fn digest(proto: Option<&primed::reapi::Digest>) -> Result<Digest, Status> {
+    proto
+        .and_then(|proto| Digest::try_from(proto).ok())
+        .ok_or_else(|| Status::invalid_argument("no digest"))
+}
+
+fn status(code: Code) -> rpc::Status {
+    rpc::Status {
+        code: code as i32,
+        message: "as the test wants it".to_owned(),
+        ..rpc::Status::default()
+    }
+}
+
+#[async_trait]
+impl Capabilities for Service {
+    async fn get_capabilities(
+        &self,
+        _: Request<GetCapabilitiesRequest>,
+    ) -> Result<Response<ServerCapabilities>, Status> {
+        Ok(Response::new(ServerCapabilities {
+            cache_capabilities: Some(CacheCapabilities {
+                max_batch_total_size_bytes: 1024 * 1024,
+                ..CacheCapabilities::default()
+            }),
+            ..ServerCapabilities::default()
+        }))
+    }
+}
+
+#[async_trait]
+impl ActionCache for Service {
+    async fn get_action_result(
+        &self,
+        request: Request<GetActionResultRequest>,
+    ) -> Result<Response<ActionResult>, Status> {
+        let request = request.into_inner();
+        let name = (
+            request.instance_name,
+            digest(request.action_digest.as_ref())?,
+        );
+        let result = self.0.state.lock().results.get(&name).cloned();
+        result
+            .map(Response::new)
+            .ok_or_else(|| Status::not_found("no result"))
+    }
+}
+
+#[async_trait]
+impl ContentAddressableStorage for Service {
+    async fn find_missing_blobs(
+        &self,
+        request: Request<FindMissingBlobsRequest>,
+    ) -> Result<Response<FindMissingBlobsResponse>, Status> {
+        let request = request.into_inner();
+        let mut missing_blob_digests = Vec::new();
+        for proto in request.blob_digests {
+            let digest = digest(Some(&proto))?;
+            if self.0.blob(&request.instance_name, digest).is_none() {
+                missing_blob_digests.push(proto);
+            }
+        }
+        Ok(Response::new(FindMissingBlobsResponse {
+            missing_blob_digests,
+        }))
+    }
+
+    async fn batch_update_blobs(
+        &self,
+        request: Request<BatchUpdateBlobsRequest>,
+    ) -> Result<Response<BatchUpdateBlobsResponse>, Status> {
+        let request = request.into_inner();
+        let mut responses = Vec::new();
+        for blob in request.requests {
+            let code = match digest(blob.digest.as_ref())? == Digest::of(&blob.data) {
+                true => Code::Ok,
+                false => Code::InvalidArgument,
+            };
+            self.0.put(&request.instance_name, blob.data);
+            responses.push(batch_update_blobs_response::Response {
+                digest: blob.digest,
+                status: Some(status(code)),
+            });
+        }
+        Ok(Response::new(BatchUpdateBlobsResponse { responses }))
+    }
+
+    async fn batch_read_blobs(
+        &self,
+        request: Request<BatchReadBlobsRequest>,
+    ) -> Result<Response<BatchReadBlobsResponse>, Status> {
+        let damaged = is_primed(&request) && *self.0.damage.lock();
+        let request = request.into_inner();
+        let mut responses = Vec::new();
+        for proto in request.digests {
+            let blob = self.0.blob(&request.instance_name, digest(Some(&proto))?);
+            let code = blob.as_ref().map_or(Code::NotFound, |_| Code::Ok);
+            let data = blob.unwrap_or_default();
+            responses.push(batch_read_blobs_response::Response {
+                digest: Some(proto),
+                data: if damaged { damage(&data) } else { data },
+                status: Some(status(code)),
+                ..batch_read_blobs_response::Response::default()
+            });
+        }
+        Ok(Response::new(BatchReadBlobsResponse { responses }))
+    }
+}
+
+/// Of the same length, and still well-formed more often than not.
+fn damage(data: &Bytes) -> Bytes {
+    let mut damaged = data.to_vec();
+    if let Some(last) = damaged.last_mut() {
+        *last ^= 1;
+    }
+    damaged.into()
+}
+
+#[async_trait]
+impl ByteStream for Service {
+    async fn read(
+        &self,
+        request: Request<ReadRequest>,
+    ) -> Result<Response<BoxStream<ReadResponse>>, Status> {
+        let damaged = is_primed(&request) && *self.0.damage.lock();
+        let name = request.into_inner().resource_name;
+        let (instance, digest) = resource(&name)?;
+        let blob = self
+            .0
+            .blob(&instance, digest)
+            .ok_or_else(|| Status::not_found("no blob"))?;
+        let blob = if damaged { damage(&blob) } else { blob };
+        let parts: Vec<_> = blob
+            .chunks(1024 * 1024)
+            .map(|part| {
+                Ok(ReadResponse {
+                    data: Bytes::copy_from_slice(part),
+                })
+            })
+            .collect();
+        Ok(Response::new(Box::pin(tokio_stream::iter(parts))))
+    }
+
+    async fn write(
+        &self,
+        request: Request<Streaming<WriteRequest>>,
+    ) -> Result<Response<WriteResponse>, Status> {
+        let mut parts = request.into_inner();
+        let mut name = String::new();
+        let mut blob = Vec::new();
+        while let Some(part) = parts.message().await? {
+            if name.is_empty() {
+                name = part.resource_name;
+            }
+            blob.extend_from_slice(&part.data);
+        }
+        let (instance, digest) = resource(&name)?;
+        let committed_size = blob.len() as i64;
+        if self.0.put(&instance, blob.into()) != digest {
+            return Err(Status::invalid_argument("another digest"));
+        }
+        Ok(Response::new(WriteResponse { committed_size }))
+    }
+}
+
+/// `[INSTANCE/][uploads/UUID/]blobs/HASH/SIZE`
+fn resource(name: &str) -> Result<(String, Digest), Status> {
+    let malformed = || Status::invalid_argument(name.to_owned());
+    let (before, digest) = name.rsplit_once("blobs/").ok_or_else(malformed)?;
+    let instance = before.split("uploads/").next().unwrap_or_default();
+    let digest = digest.parse().map_err(|_| malformed())?;
+    Ok((instance.trim_end_matches('/').to_owned(), digest))
+}
+
+#[async_trait]
+impl Execution for Service {
+    async fn execute(
+        &self,
+        request: Request<ExecuteRequest>,
+    ) -> Result<Response<BoxStream<Operation>>, Status> {
+        let speculative = is_primed(&request);
+        let request = request.into_inner();
+        let action = digest(request.action_digest.as_ref())?;
+        let world = self.0.clone();
+        let command = command(&world, &request.instance_name, action);
+        let run = Run {
+            instance: request.instance_name,
+            action,
+            priority: request.execution_policy.map_or(0, |policy| policy.priority),
+            speculative,
+            arguments: command
+                .as_ref()
+                .map(|command| command.arguments.clone())
+                .unwrap_or_default(),
+            over: false,
+        };
+        let index = world.begin(run.clone());
+        let behaviour = world.behaviour.lock().clone();
+        if let Outcome::Refused(code) = behaviour(&world, &run) {
+            world.state.lock().runs[index].over = true;
+            return Err(Status::new(code, "as the test wants it"));
+        }
+        let (operations, stream) = mpsc::channel(4);
+        // As with real backends, a dropped stream does not stop the action.
+        primed::task::spawn("execution", async move {
+            let name = format!("operation-{index}");
+            let stage = ExecuteOperationMetadata {
+                stage: execution_stage::Value::Executing as i32,
+                action_digest: Some(action.to_proto()),
+                ..ExecuteOperationMetadata::default()
+            };
+            let begun = Operation {
+                name: name.clone(),
+                metadata: Some(any("ExecuteOperationMetadata", &stage)),
+                ..Operation::default()
+            };
+            let _ = operations.send(Ok(begun)).await;
+            if speculative {
+                let _ = world.hold.subscribe().wait_for(|hold| !hold).await;
+            }
+            let response = match behaviour(&world, &run) {
+                Outcome::Output(output) => Some(ExecuteResponse {
+                    result: Some(world.finish(&run, command.as_ref(), output)),
+                    ..ExecuteResponse::default()
+                }),
+                Outcome::Exit(exit_code) => {
+                    let result = ActionResult {
+                        exit_code,
+                        stderr_raw: "as the test wants it".into(),
+                        ..ActionResult::default()
+                    };
+                    world.keep(&run, result.clone());
+                    Some(ExecuteResponse {
+                        result: Some(result),
+                        ..ExecuteResponse::default()
+                    })
+                }
+                Outcome::Failed(code) => Some(ExecuteResponse {
+                    status: Some(status(code)),
+                    ..ExecuteResponse::default()
+                }),
+                Outcome::Broken(code) | Outcome::Refused(code) => {
+                    world.state.lock().runs[index].over = true;
+                    let _ = operations.send(Err(Status::new(code, "broken"))).await;
+                    None
+                }
+                Outcome::Cut => None,
+            };
+            world.state.lock().runs[index].over = true;
+            if let Some(response) = response {
+                let done = Operation {
+                    name,
+                    metadata: None,
+                    done: true,
+                    result: Some(operation::Result::Response(any(
+                        "ExecuteResponse",
+                        &response,
+                    ))),
+                };
+                let _ = operations.send(Ok(done)).await;
+            }
+        });
+        Ok(Response::new(Box::pin(ReceiverStream::new(stream))))
+    }
+}
+
+impl World {
+    fn finish(&self, run: &Run, command: Option<&Command>, output: Bytes) -> ActionResult {
+        let path = command.and_then(|command| command.output_paths.first());
+        let seconds = |seconds| Some(prost_types::Timestamp { seconds, nanos: 0 });
+        let result = ActionResult {
+            output_files: vec![OutputFile {
+                path: path.cloned().unwrap_or_default(),
+                digest: Some(self.put(&run.instance, output).to_proto()),
+                ..OutputFile::default()
+            }],
+            execution_metadata: Some(ExecutedActionMetadata {
+                execution_start_timestamp: seconds(100),
+                execution_completed_timestamp: seconds(101),
+                ..ExecutedActionMetadata::default()
+            }),
+            ..ActionResult::default()
+        };
+        self.keep(run, result.clone());
+        result
+    }
+
+    /// Failures are cached too, as buildbox-casd does.
+    fn keep(&self, run: &Run, result: ActionResult) {
+        let name = (run.instance.clone(), run.action);
+        self.state.lock().results.insert(name, result);
+    }
+}
+
+fn command(world: &World, instance: &str, action: Digest) -> Option<Command> {
+    let action = Action::decode(world.blob(instance, action)?).ok()?;
+    let command = digest(action.command_digest.as_ref()).ok()?;
+    Command::decode(world.blob(instance, command)?).ok()
+}
+
+fn any(name: &str, message: &impl Message) -> prost_types::Any {
+    prost_types::Any {
+        type_url: format!("type.googleapis.com/build.bazel.remote.execution.v2.{name}"),
+        value: message.encode_to_vec(),
+    }
+}

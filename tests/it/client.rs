@@ -1,0 +1,339 @@
+//! A build tool played by the test: it makes input trees of real files in a workspace, looks
+//! actions up, uploads what they need and has them executed, as recc does.
+//!
+//! A real `make` that does nothing stands for the build's process: it runs in the workspace, the
+//! calls name it as recc names its parent, and when it ends, the build has ended.
+
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    reason = "a test that cannot set the stage fails"
+)]
+
+use std::collections::HashMap;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::time::Duration;
+
+use bytes::Bytes;
+use hyper_util::rt::TokioIo;
+use primed::backend::remote::REQUEST_METADATA_KEY;
+use primed::cas::Digest;
+use primed::reapi;
+use primed::reapi::action_cache_client::ActionCacheClient;
+use primed::reapi::build::bazel::remote::execution::v2::*;
+use primed::reapi::content_addressable_storage_client::ContentAddressableStorageClient;
+use primed::reapi::execution_client::ExecutionClient;
+use primed::reapi::google::longrunning::{Operation, operation};
+use prost::Message;
+use tonic::codegen::http::Uri;
+use tonic::metadata::MetadataValue;
+use tonic::transport::{Channel, Endpoint};
+use tonic::{Request, Status, Streaming};
+
+use crate::support::make;
+
+/// How the client came by a result.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Way {
+    /// The lookup found it.
+    Found,
+    /// `Execute` brought it.
+    Executed,
+}
+
+/// An action with all that it needs.
+#[derive(Clone, Debug)]
+pub struct Action {
+    pub digest: Digest,
+    pub root: Digest,
+    pub blobs: HashMap<Digest, Bytes>,
+    /// The path that it writes.
+    pub output: String,
+}
+
+/// What an action is made of.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Recipe<'a> {
+    pub command: &'a str,
+    pub inputs: &'a [&'a str],
+    pub output: &'a str,
+    pub do_not_cache: bool,
+    /// Puts a field that REAPI does not have into the root directory.
+    pub odd_root: bool,
+}
+
+/// One build that is running.
+pub struct Build {
+    process: Child,
+    channel: Channel,
+    workspace: PathBuf,
+    metadata: MetadataValue<tonic::metadata::Binary>,
+    pub instance: String,
+}
+
+impl Build {
+    /// Begins a build in `workspace` whose calls go to the Unix socket `server`.
+    pub fn begin(server: &Path, workspace: &Path) -> Self {
+        Build::over(connect(server), workspace)
+    }
+
+    /// Begins one whose calls go over a connection that there is.
+    pub fn over(channel: Channel, workspace: &Path) -> Self {
+        // `cat` ends when its input is closed, and `make` with it.
+        let process = Command::new(make())
+            .args(["--eval", "wait:;@cat", "wait"])
+            .env_remove("MAKEFLAGS")
+            .env_remove("MAKELEVEL")
+            .current_dir(workspace)
+            .stdin(Stdio::piped())
+            .stdout(Stdio::null())
+            .spawn()
+            .unwrap();
+        let host = rustix::system::uname();
+        let host = host.nodename().to_string_lossy().into_owned();
+        let metadata = RequestMetadata {
+            tool_details: Some(ToolDetails {
+                tool_name: "recc".to_owned(),
+                ..ToolDetails::default()
+            }),
+            tool_invocation_id: format!("{host}:{}", process.id()),
+            ..RequestMetadata::default()
+        };
+        Build {
+            process,
+            channel,
+            workspace: workspace.to_owned(),
+            metadata: MetadataValue::from_bytes(&metadata.encode_to_vec()),
+            instance: String::new(),
+        }
+    }
+
+    pub fn on_instance(mut self, instance: &str) -> Self {
+        self.instance = instance.to_owned();
+        self
+    }
+
+    fn request<T>(&self, message: T) -> Request<T> {
+        let mut request = Request::new(message);
+        let key = tonic::metadata::BinaryMetadataKey::from_static(REQUEST_METADATA_KEY);
+        request
+            .metadata_mut()
+            .insert_bin(key, self.metadata.clone());
+        request
+    }
+
+    /// The first call of a build that asks for no action.
+    pub async fn greet(&self) {
+        let message = FindMissingBlobsRequest {
+            instance_name: self.instance.clone(),
+            ..FindMissingBlobsRequest::default()
+        };
+        let mut client = ContentAddressableStorageClient::new(self.channel.clone());
+        client
+            .find_missing_blobs(self.request(message))
+            .await
+            .unwrap();
+    }
+
+    /// The action that `recipe` is now, with the files as they are.
+    pub fn action(&self, recipe: Recipe<'_>) -> Action {
+        let files = recipe.inputs.iter().map(|path| {
+            let content = std::fs::read(self.workspace.join(path)).unwrap();
+            ((*path).to_owned(), Bytes::from(content))
+        });
+        let mut blobs = HashMap::new();
+        let files: Vec<(String, Bytes)> = files.collect();
+        let root = tree(&files, &mut blobs);
+        let mut root = blobs[&root].to_vec();
+        if recipe.odd_root {
+            root.extend([0xf8, 0x3f, 1]); // field 1023
+        }
+        let root = keep(&mut blobs, root.into());
+        let command = reapi::Command {
+            arguments: recipe.command.split(' ').map(str::to_owned).collect(),
+            output_paths: vec![recipe.output.to_owned()],
+            ..reapi::Command::default()
+        };
+        let command = keep(&mut blobs, command.encode_to_vec().into());
+        Action::of(command, root, recipe.output, recipe.do_not_cache, blobs)
+    }
+
+    pub async fn lookup(&self, action: Digest) -> Result<ActionResult, Status> {
+        self.lookup_within(action, None).await
+    }
+
+    /// Looks `action` up with a deadline.
+    pub async fn lookup_within(
+        &self,
+        action: Digest,
+        timeout: Option<Duration>,
+    ) -> Result<ActionResult, Status> {
+        let mut request = self.request(GetActionResultRequest {
+            instance_name: self.instance.clone(),
+            action_digest: Some(action.to_proto()),
+            ..GetActionResultRequest::default()
+        });
+        if let Some(timeout) = timeout {
+            request.set_timeout(timeout);
+        }
+        let answer = ActionCacheClient::new(self.channel.clone())
+            .get_action_result(request)
+            .await?;
+        Ok(answer.into_inner())
+    }
+
+    pub async fn upload(&self, action: &Action) {
+        let requests =
+            action
+                .blobs
+                .iter()
+                .map(|(digest, data)| batch_update_blobs_request::Request {
+                    digest: Some(digest.to_proto()),
+                    data: data.clone(),
+                    ..batch_update_blobs_request::Request::default()
+                });
+        let message = BatchUpdateBlobsRequest {
+            instance_name: self.instance.clone(),
+            requests: requests.collect(),
+            ..BatchUpdateBlobsRequest::default()
+        };
+        ContentAddressableStorageClient::new(self.channel.clone())
+            .max_encoding_message_size(64 * 1024 * 1024)
+            .batch_update_blobs(self.request(message))
+            .await
+            .unwrap();
+    }
+
+    /// Has an action executed whose blobs are uploaded.
+    pub async fn execute(
+        &self,
+        action: Digest,
+        skip_cache_lookup: bool,
+    ) -> Result<Streaming<Operation>, Status> {
+        let message = ExecuteRequest {
+            instance_name: self.instance.clone(),
+            action_digest: Some(action.to_proto()),
+            skip_cache_lookup,
+            ..ExecuteRequest::default()
+        };
+        let answer = ExecutionClient::new(self.channel.clone())
+            .execute(self.request(message))
+            .await?;
+        Ok(answer.into_inner())
+    }
+
+    /// Looks up, else uploads and executes. What the action wrote is left to the caller.
+    pub async fn run(&self, action: &Action) -> (Way, ActionResult) {
+        if let Ok(result) = self.lookup(action.digest).await {
+            return (Way::Found, result);
+        }
+        self.upload(action).await;
+        let operations = self.execute(action.digest, false).await.unwrap();
+        (Way::Executed, last(operations).await.result.unwrap())
+    }
+
+    /// Ends the build's process.
+    pub fn end(self) {
+        drop(self);
+    }
+}
+
+impl Drop for Build {
+    fn drop(&mut self) {
+        drop(self.process.stdin.take());
+        let _ = self.process.wait();
+    }
+}
+
+impl Action {
+    pub fn of(
+        command: Digest,
+        root: Digest,
+        output: &str,
+        do_not_cache: bool,
+        mut blobs: HashMap<Digest, Bytes>,
+    ) -> Self {
+        let action = reapi::Action {
+            command_digest: Some(command.to_proto()),
+            input_root_digest: Some(root.to_proto()),
+            do_not_cache,
+            ..reapi::Action::default()
+        };
+        Action {
+            digest: keep(&mut blobs, action.encode_to_vec().into()),
+            root,
+            blobs,
+            output: output.to_owned(),
+        }
+    }
+}
+
+/// A channel that connects to the Unix socket `server` when it is first used.
+pub fn connect(server: &Path) -> Channel {
+    let server = server.to_owned();
+    let connector = tower::service_fn(move |_: Uri| {
+        let server = server.clone();
+        async move {
+            tokio::net::UnixStream::connect(server)
+                .await
+                .map(TokioIo::new)
+        }
+    });
+    Endpoint::from_static("http://localhost").connect_with_connector_lazy(connector)
+}
+
+/// Puts a blob with the others.
+pub fn keep(blobs: &mut HashMap<Digest, Bytes>, blob: Bytes) -> Digest {
+    let digest = Digest::of(&blob);
+    blobs.insert(digest, blob);
+    digest
+}
+
+/// The canonical tree of `files`, by path. Returns its root.
+pub fn tree(files: &[(String, Bytes)], blobs: &mut HashMap<Digest, Bytes>) -> Digest {
+    let mut directory = Directory::default();
+    let mut below: std::collections::BTreeMap<String, Vec<(String, Bytes)>> = Default::default();
+    for (path, content) in files {
+        match path.split_once('/') {
+            Some((name, rest)) => below
+                .entry(name.to_owned())
+                .or_default()
+                .push((rest.to_owned(), content.clone())),
+            None => directory.files.push(FileNode {
+                name: path.clone(),
+                digest: Some(keep(blobs, content.clone()).to_proto()),
+                ..FileNode::default()
+            }),
+        }
+    }
+    directory
+        .files
+        .sort_by(|one, other| one.name.cmp(&other.name));
+    for (name, files) in below {
+        directory.directories.push(DirectoryNode {
+            name,
+            digest: Some(tree(&files, blobs).to_proto()),
+        });
+    }
+    keep(blobs, directory.encode_to_vec().into())
+}
+
+/// The response of an operation that must end well.
+pub async fn last(mut operations: Streaming<Operation>) -> ExecuteResponse {
+    let mut last = None;
+    while let Some(operation) = operations.message().await.unwrap() {
+        last = Some(operation);
+    }
+    response(&last.expect("at least one operation")).expect("the last operation is done")
+}
+
+/// The response in an operation, once it is done.
+pub fn response(operation: &Operation) -> Option<ExecuteResponse> {
+    match &operation.result {
+        Some(operation::Result::Response(any)) => {
+            Some(ExecuteResponse::decode(any.value.as_slice()).unwrap())
+        }
+        _ => None,
+    }
+}
