@@ -9,15 +9,13 @@ use std::collections::{HashMap, HashSet};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use super::instantiate::MAX_PLACES;
 use super::parent::{BaseAction, Origin, OverlayTable};
 use super::resolve::roots;
 use crate::cas::Digest;
 use crate::cas::directories::{Trees, child_path};
 use crate::config::Mode;
 use crate::workspace::index::FileIndex;
-
-/// How many directories one generation may visit; see `instantiate`.
-const MAX_VISITS: usize = 4_000_000;
 
 /// The overlay table of `actions`, whose directories are in `trees`. Reads source files through
 /// `index`. Blocks.
@@ -33,7 +31,7 @@ pub fn generate(
         index,
         actions_too: mode.uses_action_overlays(),
         overlays: OverlayTable::default(),
-        visited: HashSet::new(),
+        visited: HashMap::new(),
         seen: HashSet::new(),
         on_disk: HashMap::new(),
         sources: Vec::new(),
@@ -79,8 +77,8 @@ struct Generation<'a> {
     index: &'a FileIndex,
     actions_too: bool,
     overlays: OverlayTable,
-    /// Directories at the places where they were visited.
-    visited: HashSet<(Digest, Option<PathBuf>, String)>,
+    /// For each directory and mount, the paths at which it was visited.
+    visited: HashMap<(Digest, Option<PathBuf>), HashSet<String>>,
     /// Digests whose ACTION origins by content were added.
     seen: HashSet<Digest>,
     /// What stands on disk at places that were looked at.
@@ -101,12 +99,11 @@ impl Generation<'_> {
     fn visit(&mut self, base: &BaseAction, trees: &Trees) {
         let mut open = vec![(base.input_root, String::new())];
         while let Some((digest, path)) = open.pop() {
-            let place = (digest, base.mount.clone(), path);
-            if self.visited.len() >= MAX_VISITS || self.visited.contains(&place) {
+            let paths = self.visited.entry((digest, base.mount.clone()));
+            let paths = paths.or_default();
+            if paths.len() >= MAX_PLACES || !paths.insert(path.clone()) {
                 continue;
             }
-            let path = place.2.clone();
-            self.visited.insert(place);
             let Some(directory) = trees.get(&digest) else {
                 continue;
             };

@@ -17,9 +17,9 @@ use crate::cas::Digest;
 use crate::cas::directories::{Directory, Trees, child_path};
 use crate::reapi;
 
-/// How many directories one plan may visit. Real plans stay far below; a tree that is built to
-/// have 2^40 paths does not.
-const MAX_VISITS: usize = 4_000_000;
+/// At how many places of an input root one directory may stand. Real trees stay far below; one
+/// that is built to have 2^40 paths does not.
+pub const MAX_PLACES: usize = 4096;
 
 /// A base action with new digests.
 #[derive(Clone, Debug)]
@@ -129,16 +129,15 @@ pub struct Task<'a, O> {
 /// Rewrites trees. Lives as long as one set of replacements.
 #[derive(Default)]
 pub struct Instantiator {
-    memo: HashMap<Place, Rewritten>,
-    visits: usize,
+    memo: HashMap<Mounted, HashMap<String, Rewritten>>,
 }
 
-/// A directory at the place where a tree holds it: what its files are depends on both.
+/// A directory, and what the roots of the trees that hold it stand for. What its files are
+/// depends on both, and on its path in the tree.
 #[derive(Clone, PartialEq, Eq, Hash)]
-struct Place {
+struct Mounted {
     directory: Digest,
     mount: Option<PathBuf>,
-    path: String,
 }
 
 #[derive(Clone)]
@@ -181,28 +180,29 @@ impl Instantiator {
     where
         O: Fn(Node, &str) -> Option<Option<Digest>>,
     {
-        let place = Place {
+        let mounted = Mounted {
             directory: digest,
             mount: task.base.mount.clone(),
-            path: path.to_owned(),
         };
-        match self.memo.get(&place) {
+        let places = self.memo.entry(mounted.clone()).or_default();
+        match places.get(path) {
             // Valid until one of them is done.
             Some(Rewritten::Waits(nodes))
                 if nodes.iter().any(|node| (task.output)(*node, "").is_some()) => {}
             Some(known) => return Ok(known.clone()),
+            None if places.len() >= MAX_PLACES => return Err(Unadaptable::TooLarge),
             None => {}
-        }
-        self.visits += 1;
-        if self.visits > MAX_VISITS {
-            return Err(Unadaptable::TooLarge);
         }
         let directory = task
             .trees
             .get(&digest)
             .ok_or(Unadaptable::Directory(digest))?;
+        if directory.files.is_empty() && directory.directories.is_empty() {
+            return Ok(Rewritten::Same);
+        }
         let rewritten = self.rewrite_entries(task, digest, directory, path)?;
-        self.memo.insert(place, rewritten.clone());
+        let places = self.memo.entry(mounted).or_default();
+        places.insert(path.to_owned(), rewritten.clone());
         Ok(rewritten)
     }
 
