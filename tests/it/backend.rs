@@ -37,6 +37,9 @@ use tokio_stream::wrappers::ReceiverStream;
 use tonic::codegen::BoxStream;
 use tonic::{Code, Request, Response, Status, Streaming, async_trait};
 
+/// The largest priority that the backend allows.
+pub const LEAST_URGENT: i32 = 50;
+
 const MAX_MESSAGE: usize = 64 * 1024 * 1024;
 
 /// One execution, as the backend was asked for it.
@@ -317,6 +320,15 @@ impl Capabilities for Service {
             cache_capabilities: Some(CacheCapabilities {
                 max_batch_total_size_bytes: 1024 * 1024,
                 ..CacheCapabilities::default()
+            }),
+            execution_capabilities: Some(ExecutionCapabilities {
+                execution_priority_capabilities: Some(PriorityCapabilities {
+                    priorities: vec![priority_capabilities::PriorityRange {
+                        min_priority: -LEAST_URGENT,
+                        max_priority: LEAST_URGENT,
+                    }],
+                }),
+                ..ExecutionCapabilities::default()
             }),
             ..ServerCapabilities::default()
         }))

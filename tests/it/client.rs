@@ -46,7 +46,6 @@ pub enum Way {
 #[derive(Clone, Debug)]
 pub struct Action {
     pub digest: Digest,
-    pub root: Digest,
     pub blobs: HashMap<Digest, Bytes>,
     /// The path that it writes.
     pub output: String,
@@ -136,6 +135,13 @@ impl Build {
             .unwrap();
     }
 
+    /// An action on an input tree that there is already.
+    pub fn action_on(&self, root: Digest, command: &str, output: &str) -> Action {
+        let mut blobs = HashMap::new();
+        let command = command_of(command, output, &mut blobs);
+        Action::of(command, root, output, false, blobs)
+    }
+
     /// The action that `recipe` is now, with the files as they are.
     pub fn action(&self, recipe: Recipe<'_>) -> Action {
         let files = recipe.inputs.iter().map(|path| {
@@ -150,12 +156,7 @@ impl Build {
             root.extend([0xf8, 0x3f, 1]); // field 1023
         }
         let root = keep(&mut blobs, root.into());
-        let command = reapi::Command {
-            arguments: recipe.command.split(' ').map(str::to_owned).collect(),
-            output_paths: vec![recipe.output.to_owned()],
-            ..reapi::Command::default()
-        };
-        let command = keep(&mut blobs, command.encode_to_vec().into());
+        let command = command_of(recipe.command, recipe.output, &mut blobs);
         Action::of(command, root, recipe.output, recipe.do_not_cache, blobs)
     }
 
@@ -262,11 +263,19 @@ impl Action {
         };
         Action {
             digest: keep(&mut blobs, action.encode_to_vec().into()),
-            root,
             blobs,
             output: output.to_owned(),
         }
     }
+}
+
+fn command_of(words: &str, output: &str, blobs: &mut HashMap<Digest, Bytes>) -> Digest {
+    let command = reapi::Command {
+        arguments: words.split(' ').map(str::to_owned).collect(),
+        output_paths: vec![output.to_owned()],
+        ..reapi::Command::default()
+    };
+    keep(blobs, command.encode_to_vec().into())
 }
 
 /// A channel that connects to the Unix socket `server` when it is first used.

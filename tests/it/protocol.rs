@@ -8,7 +8,7 @@ use primed::reapi::ActionResult;
 use tempfile::TempDir;
 use tonic::Code;
 
-use crate::backend::{FakeBackend, Outcome, compile};
+use crate::backend::{FakeBackend, LEAST_URGENT, Outcome, compile};
 use crate::client::{Action, Build, Recipe, Way, connect, last, response};
 use crate::support::{Counts, PATIENCE, Primed, scratch};
 
@@ -157,7 +157,10 @@ async fn all_that_changed_is_primed_at_low_priority_and_under_primeds_name() {
     assert_eq!(stage.build().await, [Way::Found; UNITS + 1]);
     let runs = stage.backend.world.speculative();
     assert_eq!(runs.len(), UNITS + 1, "each once");
-    assert!(runs.iter().all(|run| run.priority > 0), "{runs:#?}");
+    assert!(
+        runs.iter().all(|run| run.priority == LEAST_URGENT),
+        "{runs:#?}"
+    );
     assert_eq!(stage.counts().missed, 0);
     assert_eq!(stage.counts().primed, UNITS as u64 + 1);
     let own = stage.backend.world.runs().len() - runs.len();
@@ -553,4 +556,130 @@ async fn one_connection_may_carry_one_build_after_the_other() {
     let builds = status["builds"].as_array().unwrap();
     assert_eq!(builds.len(), 2, "{status}");
     assert!(builds.iter().all(|build| build["asked"] == UNITS + 1));
+}
+
+/// Input trees that no sane client makes, each with `common.h` somewhere in it.
+mod odd_trees {
+    use bytes::Bytes;
+    use primed::reapi::{Directory, DirectoryNode, FileNode};
+    use prost::Message;
+
+    use super::*;
+
+    /// What one more tree may take, of primed's memory and of the time until all is quiet.
+    const MEMORY: u64 = 400 * 1024 * 1024;
+    const TIME: Duration = Duration::from_secs(15);
+
+    fn file(name: &str, content: &str) -> FileNode {
+        FileNode {
+            name: name.to_owned(),
+            digest: Some(Digest::of(content.as_bytes()).to_proto()),
+            ..FileNode::default()
+        }
+    }
+
+    fn put(stage: &Stage, directory: &Directory) -> Digest {
+        let encoded = Bytes::from(directory.encode_to_vec());
+        stage.backend.world.put("", encoded)
+    }
+
+    /// A directory that holds `below` under each of `names`.
+    fn above(stage: &Stage, names: &[&str], below: Digest) -> Digest {
+        let directories = names.iter().map(|name| DirectoryNode {
+            name: (*name).to_owned(),
+            digest: Some(below.to_proto()),
+        });
+        let directory = Directory {
+            directories: directories.collect(),
+            ..Directory::default()
+        };
+        put(stage, &directory)
+    }
+
+    fn leaf(stage: &Stage) -> Digest {
+        let directory = Directory {
+            files: vec![file("common.h", "common")],
+            ..Directory::default()
+        };
+        put(stage, &directory)
+    }
+
+    /// Builds with an odd action among the others, then changes the header and builds again.
+    /// The others are primed as ever, and primed stays within its bounds; it adapts the odd one,
+    /// or gives it up.
+    async fn endure(unadaptable: u64, tree: impl Fn(&Stage) -> Digest) {
+        let stage = Stage::set(&CAP);
+        stage.backend.world.behave(|world, run| {
+            // These trees are not for walking.
+            if run.arguments == ["odd"] {
+                Outcome::Output(Bytes::from_static(b"odd"))
+            } else {
+                compile(world, run)
+            }
+        });
+        let root = tree(&stage);
+        let before = memory(&stage);
+        let began = Instant::now();
+        for (content, expected) in [("common", Way::Executed), ("changed", Way::Found)] {
+            stage.write("include/common.h", content);
+            let build = stage.begin();
+            let ways = stage.build_all(&build).await;
+            assert_eq!(ways, [expected; UNITS + 1], "{content}");
+            stage
+                .run(&build, &build.action_on(root, "odd", "out/odd"))
+                .await;
+            build.end();
+            stage.primed.wait();
+        }
+        let (took, grown) = (began.elapsed(), memory(&stage) - before);
+        let speculation = &stage.primed.status()["speculation"];
+        assert_eq!(speculation["unadaptable"], unadaptable);
+        assert!(took < TIME, "{took:?}");
+        assert!(grown < MEMORY, "{grown} bytes");
+        assert!(!stage.primed.daemon.log().contains("panicked"));
+    }
+
+    /// The most memory that primed has ever held.
+    fn memory(stage: &Stage) -> u64 {
+        let status = format!("/proc/{}/status", stage.primed.daemon.pid());
+        let status = std::fs::read_to_string(status).unwrap();
+        let line = status.lines().find(|line| line.starts_with("VmHWM:"));
+        let kilobytes: u64 = line
+            .and_then(|line| line.split_ascii_whitespace().nth(1))
+            .and_then(|number| number.parse().ok())
+            .unwrap();
+        kilobytes * 1024
+    }
+
+    #[tokio::test]
+    async fn a_chain_of_a_thousand_directories_is_endured() {
+        endure(1, |stage| {
+            (0..1000).fold(leaf(stage), |below, _| above(stage, &["d"], below))
+        })
+        .await;
+    }
+
+    #[tokio::test]
+    async fn a_directory_of_a_hundred_thousand_files_is_endured() {
+        endure(0, |stage| {
+            let mut files = vec![file("common.h", "common")];
+            files.extend((0..100_000).map(|number| file(&format!("f{number:06}"), "same")));
+            put(
+                stage,
+                &Directory {
+                    files,
+                    ..Directory::default()
+                },
+            )
+        })
+        .await;
+    }
+
+    #[tokio::test]
+    async fn a_few_directories_that_make_a_trillion_paths_are_endured() {
+        endure(1, |stage| {
+            (0..40).fold(leaf(stage), |below, _| above(stage, &["a", "b"], below))
+        })
+        .await;
+    }
 }
