@@ -284,3 +284,323 @@ fn replaced(
     }
     Some(Digest::of_message(&message))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::speculation::parent::{Origin, OverlayTable};
+    use crate::speculation::resolve::Sources;
+    use std::collections::BTreeMap;
+    use std::time::Duration;
+
+    /// Numbers that look random and are the same in every run.
+    struct Dice(u64);
+
+    impl Dice {
+        fn roll(&mut self, sides: usize) -> usize {
+            self.0 ^= self.0 << 13;
+            self.0 ^= self.0 >> 7;
+            self.0 ^= self.0 << 17;
+            (self.0 >> 16) as usize % sides
+        }
+    }
+
+    /// A directory without its contents: those are looked up by path.
+    #[derive(Clone, Default)]
+    struct Shape {
+        files: BTreeMap<String, Kind>,
+        links: Vec<String>,
+        directories: BTreeMap<String, Shape>,
+    }
+
+    #[derive(Clone, Copy)]
+    struct Kind {
+        executable: bool,
+        with_properties: bool,
+    }
+
+    type Contents = BTreeMap<String, String>;
+
+    impl Shape {
+        fn random(dice: &mut Dice, depth: usize) -> Self {
+            let mut shape = Shape::default();
+            for number in 0..dice.roll(4) {
+                let kind = Kind {
+                    executable: dice.roll(2) == 0,
+                    with_properties: dice.roll(4) == 0,
+                };
+                shape.files.insert(format!("file{number}"), kind);
+            }
+            for number in 0..dice.roll(2) {
+                shape.links.push(format!("link{number}"));
+            }
+            if depth > 0 {
+                for number in 0..dice.roll(4) {
+                    let below = Shape::random(dice, depth - 1);
+                    shape.directories.insert(format!("dir{number}"), below);
+                }
+            }
+            shape
+        }
+
+        fn paths(&self, below: &str, paths: &mut Vec<String>) {
+            paths.extend(self.files.keys().map(|name| child_path(below, name)));
+            for (name, shape) in &self.directories {
+                shape.paths(&child_path(below, name), paths);
+            }
+        }
+
+        /// Encodes the tree with `contents`. Returns its root; all directories go to `trees`.
+        fn encode(&self, below: &str, contents: &Contents, trees: &mut Trees) -> Digest {
+            let files = self.files.iter().map(|(name, kind)| reapi::FileNode {
+                name: name.clone(),
+                digest: Some(content_digest(&contents[&child_path(below, name)]).to_proto()),
+                is_executable: kind.executable,
+                node_properties: kind.with_properties.then(|| reapi::NodeProperties {
+                    unix_mode: Some(0o755),
+                    ..reapi::NodeProperties::default()
+                }),
+            });
+            let symlinks = self.links.iter().map(|name| reapi::SymlinkNode {
+                name: name.clone(),
+                target: "../elsewhere".to_owned(),
+                ..reapi::SymlinkNode::default()
+            });
+            let files = files.collect();
+            let symlinks = symlinks.collect();
+            let mut message = reapi::Directory {
+                files,
+                symlinks,
+                node_properties: (!self.links.is_empty()).then(|| reapi::NodeProperties {
+                    properties: vec![reapi::NodeProperty {
+                        name: "SubtreeReadOnly".to_owned(),
+                        value: "true".to_owned(),
+                    }],
+                    ..reapi::NodeProperties::default()
+                }),
+                ..reapi::Directory::default()
+            };
+            for (name, shape) in &self.directories {
+                let digest = shape.encode(&child_path(below, name), contents, trees);
+                message.directories.push(reapi::DirectoryNode {
+                    name: name.clone(),
+                    digest: Some(digest.to_proto()),
+                });
+            }
+            let (digest, encoded) = Digest::of_message(&message);
+            trees.insert(digest, Arc::new(Directory::parse(encoded).unwrap()));
+            digest
+        }
+    }
+
+    fn content_digest(content: &str) -> Digest {
+        Digest::of(content.as_bytes())
+    }
+
+    fn base(input_root: Digest) -> BaseAction {
+        let encoded = reapi::Action {
+            command_digest: Some(content_digest("command").to_proto()),
+            input_root_digest: Some(input_root.to_proto()),
+            ..reapi::Action::default()
+        };
+        let (digest, encoded) = Digest::of_message(&encoded);
+        BaseAction {
+            digest,
+            encoded,
+            input_root,
+            mount: Some("/p".into()),
+            file_system_root: "/".into(),
+            working_directory: String::new(),
+            outputs: Vec::new(),
+            duration: Duration::ZERO,
+            order: 0,
+            last_seen_unix_ms: 0,
+        }
+    }
+
+    /// A workspace, and actions that each read a part of it.
+    struct Scene {
+        shapes: Vec<Shape>,
+        bases: Vec<BaseAction>,
+        trees: Trees,
+        overlays: OverlayTable,
+        old: Contents,
+        new: Contents,
+        sources: Sources,
+    }
+
+    impl Scene {
+        /// Of each ten files, `changes` change.
+        fn random(dice: &mut Dice, changes: usize) -> Self {
+            let whole = Shape::random(dice, 4);
+            let mut paths = Vec::new();
+            whole.paths("", &mut paths);
+            let mut scene = Scene {
+                shapes: Vec::new(),
+                bases: Vec::new(),
+                trees: Trees::new(),
+                overlays: OverlayTable::default(),
+                old: Contents::new(),
+                new: Contents::new(),
+                sources: Sources::new(),
+            };
+            for path in paths {
+                // Many files have the same content.
+                let old = format!("old {}", dice.roll(5));
+                let new = match dice.roll(10) < changes {
+                    true => format!("new {}", dice.roll(5)),
+                    false => old.clone(),
+                };
+                let source = PathBuf::from("/p").join(&path);
+                scene
+                    .overlays
+                    .add(content_digest(&old), Origin::Source(source.clone()));
+                scene.sources.insert(source, Some(content_digest(&new)));
+                scene.old.insert(path.clone(), old);
+                scene.new.insert(path, new);
+            }
+            for _ in 0..6 {
+                let mut shape = whole.clone();
+                shape.directories.retain(|_, _| dice.roll(3) > 0);
+                shape.files.retain(|_, _| dice.roll(3) > 0);
+                let root = shape.encode("", &scene.old, &mut scene.trees);
+                scene.bases.push(base(root));
+                scene.shapes.push(shape);
+            }
+            scene
+        }
+
+        fn instantiate(&self, instantiator: &mut Instantiator, node: Node) -> Instantiation {
+            let producers = HashMap::new();
+            let resolver = Resolver {
+                overlays: &self.overlays,
+                sources: &self.sources,
+                producers: &producers,
+            };
+            instantiator
+                .instantiate(&Task {
+                    node,
+                    base: &self.bases[node],
+                    resolver: &resolver,
+                    trees: &self.trees,
+                    output: |_: Node, _: &str| None,
+                })
+                .unwrap()
+        }
+    }
+
+    #[test]
+    fn without_a_change_every_action_is_unchanged() {
+        let mut dice = Dice(1);
+        for _ in 0..200 {
+            let scene = Scene::random(&mut dice, 0);
+            let mut instantiator = Instantiator::default();
+            for node in 0..scene.bases.len() {
+                let instantiation = scene.instantiate(&mut instantiator, node);
+                assert!(matches!(instantiation, Instantiation::Unchanged));
+            }
+        }
+    }
+
+    #[test]
+    fn adapting_a_tree_is_the_same_as_making_it_anew() {
+        let mut dice = Dice(2);
+        let mut adapted_trees = 0;
+        for round in 0..300 {
+            let scene = Scene::random(&mut dice, 1 + round % 4);
+            let mut shared = Instantiator::default();
+            for node in 0..scene.bases.len() {
+                let mut afresh = Trees::new();
+                let expected = scene.shapes[node].encode("", &scene.new, &mut afresh);
+                let alone = scene.instantiate(&mut Instantiator::default(), node);
+                let together = scene.instantiate(&mut shared, node);
+                for instantiation in [alone, together] {
+                    match instantiation {
+                        Instantiation::Unchanged => {
+                            assert_eq!(expected, scene.bases[node].input_root);
+                        }
+                        Instantiation::Adapted(adapted) => {
+                            adapted_trees += 1;
+                            assert_eq!(adapted.input_root.digest, expected);
+                            assert_eq!(adapted.action, base(expected).digest);
+                            assert_eq!(adapted.encoded, base(expected).encoded);
+                            assert_complete(&scene, &adapted, &afresh);
+                        }
+                        Instantiation::Waits(_) => panic!("for whom?"),
+                    }
+                }
+            }
+        }
+        assert!(adapted_trees > 1000, "{adapted_trees}");
+    }
+
+    /// What the CAS had and what is uploaded make up the whole new tree.
+    fn assert_complete(scene: &Scene, adapted: &Adapted, afresh: &Trees) {
+        let mut needed = HashMap::new();
+        adapted.collect_blobs(&mut HashSet::new(), &mut needed);
+        assert!(matches!(needed.get(&adapted.action), Some(Blob::Action(_))));
+        let old: HashSet<Digest> = scene.old.values().map(|old| content_digest(old)).collect();
+        for (digest, directory) in afresh {
+            let is_there = scene.trees.contains_key(digest);
+            assert!(is_there || needed.contains_key(digest), "a directory");
+            for (_, file) in &directory.files {
+                assert!(old.contains(file) || needed.contains_key(file), "a file");
+            }
+        }
+        for (digest, blob) in needed {
+            match blob {
+                Blob::Action(encoded) | Blob::Directory(encoded) => {
+                    assert_eq!(Digest::of(&encoded), digest)
+                }
+                Blob::File(path) => assert_eq!(scene.sources[&path], Some(digest)),
+            }
+        }
+    }
+
+    #[test]
+    fn a_directory_at_too_many_places_makes_its_action_unadaptable() {
+        let mut trees = Trees::new();
+        let shape = Shape {
+            files: [(
+                "file".to_owned(),
+                Kind {
+                    executable: false,
+                    with_properties: false,
+                },
+            )]
+            .into(),
+            ..Shape::default()
+        };
+        let mut root = shape.encode(
+            "",
+            &[("file".to_owned(), "old".to_owned())].into(),
+            &mut trees,
+        );
+        for _ in 0..40 {
+            let directories = ["a", "b"].map(|name| reapi::DirectoryNode {
+                name: name.to_owned(),
+                digest: Some(root.to_proto()),
+            });
+            let (digest, encoded) = Digest::of_message(&reapi::Directory {
+                directories: directories.into(),
+                ..reapi::Directory::default()
+            });
+            trees.insert(digest, Arc::new(Directory::parse(encoded).unwrap()));
+            root = digest;
+        }
+        let (overlays, sources, producers) = Default::default();
+        let resolver = Resolver {
+            overlays: &overlays,
+            sources: &sources,
+            producers: &producers,
+        };
+        let answer = Instantiator::default().instantiate(&Task {
+            node: 0,
+            base: &base(root),
+            resolver: &resolver,
+            trees: &trees,
+            output: |_: Node, _: &str| None,
+        });
+        assert_eq!(answer.err(), Some(Unadaptable::TooLarge));
+    }
+}

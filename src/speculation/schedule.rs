@@ -250,3 +250,260 @@ fn output(outputs: &Outputs, path: &str) -> Option<Digest> {
         .ok()?;
     Some(outputs[at].1)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::cas::directories::Directory;
+    use crate::reapi;
+    use crate::speculation::parent::{
+        Origin, OverlayTable, ParentIdentity, SubactionKey, action_parts,
+    };
+    use bytes::Bytes;
+    use prost::Message;
+
+    /// Actions in `/p`; each reads files of the root directory and writes one file there.
+    #[derive(Default)]
+    struct Scene {
+        bases: Vec<BaseAction>,
+        trees: Trees,
+        sources: Sources,
+        overlays: OverlayTable,
+    }
+
+    fn digest(text: &str) -> Digest {
+        Digest::of(text.as_bytes())
+    }
+
+    impl Scene {
+        /// An action that reads `inputs` as they were recorded ("old NAME") and writes `output`.
+        fn action(mut self, output: &str, inputs: &[&str], seconds: u64) -> Self {
+            let (input_root, directory) = Digest::of_message(&root(inputs, |_| "old"));
+            let directory = Directory::parse(directory).unwrap();
+            self.trees.insert(input_root, Arc::new(directory));
+            let encoded = encoded(output, input_root);
+            let base = BaseAction {
+                digest: Digest::of(&encoded),
+                encoded,
+                input_root,
+                mount: Some("/p".into()),
+                file_system_root: "/".into(),
+                working_directory: String::new(),
+                outputs: vec![(output.to_owned(), digest(&format!("old {output}")))],
+                duration: Duration::from_secs(seconds),
+                order: self.bases.len() as u64,
+                last_seen_unix_ms: 0,
+            };
+            let (action, path) = (base.digest, output.to_owned());
+            self.overlays.add(
+                digest(&format!("old {output}")),
+                Origin::Action { action, path },
+            );
+            self.bases.push(base);
+            self
+        }
+
+        /// A source file that was "old NAME" when it was recorded.
+        fn source(mut self, name: &str, now: &str) -> Self {
+            let path = std::path::Path::new("/p").join(name);
+            self.overlays
+                .add(digest(&format!("old {name}")), Origin::Source(path.clone()));
+            self.sources
+                .insert(path, Some(digest(&format!("{now} {name}"))));
+            self
+        }
+
+        fn plan(self) -> Plan {
+            let actions = self.bases.into_iter().map(|base| {
+                let action_key = action_parts(&base.encoded).unwrap().action_key;
+                let mount = base.mount.clone();
+                (SubactionKey { action_key, mount }, Arc::new(base))
+            });
+            let mut parent = Parent::new(ParentIdentity {
+                instance: "".into(),
+                uid: None,
+                project_root: Some("/p".into()),
+                tool: "make".into(),
+            });
+            parent.actions = actions.collect();
+            parent.overlays = self.overlays;
+            Plan::new(Arc::new(parent), self.trees, self.sources)
+        }
+    }
+
+    fn root(inputs: &[&str], age: impl Fn(&str) -> &'static str) -> reapi::Directory {
+        let mut inputs = inputs.to_vec();
+        inputs.sort_unstable();
+        let files = inputs.iter().map(|name| reapi::FileNode {
+            name: (*name).to_owned(),
+            digest: Some(digest(&format!("{} {name}", age(name))).to_proto()),
+            ..reapi::FileNode::default()
+        });
+        reapi::Directory {
+            files: files.collect(),
+            ..reapi::Directory::default()
+        }
+    }
+
+    fn encoded(output: &str, input_root: Digest) -> Bytes {
+        reapi::Action {
+            command_digest: Some(digest(&format!("write {output}")).to_proto()),
+            input_root_digest: Some(input_root.to_proto()),
+            ..reapi::Action::default()
+        }
+        .encode_to_vec()
+        .into()
+    }
+
+    /// The action that writes `output` when all of its `inputs` are new.
+    fn adapted(output: &str, inputs: &[&str]) -> Digest {
+        let (input_root, _) = Digest::of_message(&root(inputs, |_| "new"));
+        Digest::of(&encoded(output, input_root))
+    }
+
+    fn actions(ready: &[Ready]) -> Vec<Digest> {
+        ready.iter().map(|ready| ready.adapted.action).collect()
+    }
+
+    /// `action` has written a new `output`.
+    fn done(plan: &mut Plan, action: Digest, output: &str) -> Vec<Digest> {
+        let outputs = vec![(output.to_owned(), digest(&format!("new {output}")))];
+        actions(&plan.complete(action, Some(outputs), &HashMap::new()))
+    }
+
+    fn chain() -> Scene {
+        Scene::default()
+            .source("a.c", "new")
+            .action("a.i", &["a.c"], 1)
+            .action("a.o", &["a.i"], 1)
+            .action("prog", &["a.o"], 1)
+    }
+
+    #[test]
+    fn a_chain_becomes_ready_link_by_link() {
+        let mut plan = chain().plan();
+        let first = adapted("a.i", &["a.c"]);
+        let second = adapted("a.o", &["a.i"]);
+        let third = adapted("prog", &["a.o"]);
+        assert_eq!(actions(&plan.start(&HashMap::new())), [first]);
+        assert!(plan.awaits(&first) && !plan.awaits(&second));
+        assert_eq!(done(&mut plan, first, "a.i"), [second]);
+        assert_eq!(done(&mut plan, second, "a.o"), [third]);
+        assert_eq!(done(&mut plan, third, "prog"), []);
+        assert_eq!(plan.awaited().count(), 0);
+        assert_eq!(plan.take_unadaptable(), []);
+    }
+
+    #[test]
+    fn nothing_is_ready_when_nothing_changed() {
+        let unchanged = Scene::default()
+            .source("a.c", "old")
+            .action("a.o", &["a.c"], 1)
+            .action("prog", &["a.o"], 1);
+        assert_eq!(actions(&unchanged.plan().start(&HashMap::new())), []);
+    }
+
+    #[test]
+    fn an_output_equal_to_the_old_one_ends_the_chain() {
+        let mut plan = chain().plan();
+        let first = actions(&plan.start(&HashMap::new()))[0];
+        let as_before = vec![("a.i".to_owned(), digest("old a.i"))];
+        let ready = plan.complete(first, Some(as_before), &HashMap::new());
+        assert_eq!(actions(&ready), []);
+        assert_eq!(plan.awaited().count(), 0);
+    }
+
+    #[test]
+    fn what_depends_on_a_failure_is_never_ready() {
+        let mut plan = chain().plan();
+        let first = actions(&plan.start(&HashMap::new()))[0];
+        assert_eq!(actions(&plan.complete(first, None, &HashMap::new())), []);
+        assert_eq!(plan.awaited().count(), 0);
+    }
+
+    #[test]
+    fn an_output_that_is_there_no_more_makes_its_reader_unadaptable() {
+        let mut plan = chain().plan();
+        let first = actions(&plan.start(&HashMap::new()))[0];
+        let ready = plan.complete(first, Some(Outputs::new()), &HashMap::new());
+        assert_eq!(actions(&ready), []);
+        let reasons = plan.take_unadaptable();
+        assert!(
+            matches!(reasons.as_slice(), [(_, Unadaptable::Vanished(path))] if path.ends_with("a.i")),
+            "{reasons:?}"
+        );
+    }
+
+    #[test]
+    fn the_tip_of_a_diamond_waits_for_both_sides() {
+        let mut plan = Scene::default()
+            .source("s", "new")
+            .action("top", &["s"], 1)
+            .action("left", &["top"], 1)
+            .action("right", &["top"], 1)
+            .action("tip", &["left", "right"], 1)
+            .plan();
+        let top = actions(&plan.start(&HashMap::new()));
+        assert_eq!(top, [adapted("top", &["s"])]);
+        let sides = done(&mut plan, top[0], "top");
+        assert_eq!(
+            sides,
+            [adapted("left", &["top"]), adapted("right", &["top"])]
+        );
+        assert_eq!(done(&mut plan, sides[1], "right"), []);
+        let tip = done(&mut plan, sides[0], "left");
+        assert_eq!(tip, [adapted("tip", &["left", "right"])]);
+    }
+
+    #[test]
+    fn actions_that_wait_for_each_other_wait_for_ever_and_harm_no_others() {
+        let mut plan = Scene::default()
+            .source("s", "new")
+            .action("a", &["b", "s"], 1)
+            .action("b", &["a", "s"], 1)
+            .action("self", &["self", "s"], 1)
+            .action("c", &["s"], 1)
+            .plan();
+        let ready = actions(&plan.start(&HashMap::new()));
+        assert!(ready.contains(&adapted("c", &["s"])));
+        assert_eq!(ready.len(), 2, "and the one that reads its own output");
+        assert_eq!(done(&mut plan, adapted("c", &["s"]), "c"), []);
+    }
+
+    #[test]
+    fn what_has_the_longest_time_below_it_comes_first() {
+        let mut plan = Scene::default()
+            .source("s", "new")
+            .action("short", &["s"], 5)
+            .action("long", &["s"], 1)
+            .action("same", &["s"], 5)
+            .action("after", &["long"], 9)
+            .plan();
+        let ready = actions(&plan.start(&HashMap::new()));
+        assert_eq!(
+            ready,
+            [
+                adapted("long", &["s"]),
+                adapted("short", &["s"]),
+                adapted("same", &["s"])
+            ],
+            "then as recorded"
+        );
+    }
+
+    #[test]
+    fn results_of_an_earlier_plan_are_carried_over() {
+        let mut plan = chain().plan();
+        let results = HashMap::from([
+            (
+                adapted("a.i", &["a.c"]),
+                vec![("a.i".to_owned(), digest("new a.i"))],
+            ),
+            (
+                adapted("a.o", &["a.i"]),
+                vec![("a.o".to_owned(), digest("new a.o"))],
+            ),
+        ]);
+        assert_eq!(actions(&plan.start(&results)), [adapted("prog", &["a.o"])]);
+    }
+}

@@ -57,6 +57,17 @@ impl<E: Into<redb::Error>> From<E> for StoreError {
 /// The record store.
 pub struct Store {
     database: Database,
+    /// How many base actions are kept in all.
+    max_actions: u64,
+}
+
+impl From<Database> for Store {
+    fn from(database: Database) -> Self {
+        Store {
+            database,
+            max_actions: MAX_ACTIONS,
+        }
+    }
 }
 
 /// How many records there are.
@@ -75,7 +86,7 @@ impl Store {
     /// Opens the store in `directory`, or one in memory if that cannot be had. Blocks.
     pub fn open(directory: &Path) -> Self {
         match open_file(directory) {
-            Ok(database) => Store { database },
+            Ok(database) => database.into(),
             Err(reason) => {
                 tracing::warn!(
                     directory = %directory.display(), %reason,
@@ -95,7 +106,7 @@ impl Store {
         let database = Database::builder()
             .create_with_backend(InMemoryBackend::new())
             .expect("a database in memory can be created");
-        Store { database }
+        database.into()
     }
 
     /// All parents, without their actions.
@@ -197,7 +208,7 @@ impl Store {
             }
             let stored = stored_parent(parent).encode_to_vec();
             parents.insert(key.0.as_slice(), stored.as_slice())?;
-            if actions.len()? > MAX_ACTIONS {
+            if actions.len()? > self.max_actions {
                 let mut by_age = Vec::new();
                 for entry in parents.iter()? {
                     let (name, value) = entry?;
@@ -209,8 +220,12 @@ impl Store {
                 }
                 by_age.sort_unstable();
                 for (_, oldest) in by_age {
-                    if actions.len()? <= MAX_ACTIONS || oldest == key {
+                    if actions.len()? <= self.max_actions {
                         break;
+                    }
+                    // Also when a clock that was wrong makes it look the oldest.
+                    if oldest == key {
+                        continue;
                     }
                     let (first, last) = range_of(oldest);
                     actions.retain_in(first.as_slice()..=last.as_slice(), |_, _| false)?;
@@ -472,4 +487,172 @@ fn known_file(stored: proto::FileState) -> Option<(FileSignature, Digest)> {
         device: stored.device,
     };
     Some((signature, digest_of(stored.digest.as_ref())?))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::reapi::Action;
+
+    fn parent(root: &str, actions: usize, seen: i64) -> Parent {
+        let mut parent = Parent::new(ParentIdentity {
+            instance: "instance".into(),
+            uid: Some(7),
+            project_root: Some(root.into()),
+            tool: "make".to_owned(),
+        });
+        parent.last_seen_unix_ms = seen;
+        for number in 0..actions {
+            let text = format!("{root} {number}");
+            let (digest, encoded) = Digest::of_message(&Action {
+                command_digest: Some(Digest::of(text.as_bytes()).to_proto()),
+                input_root_digest: Some(Digest::of(b"root").to_proto()),
+                ..Action::default()
+            });
+            let mount = (number % 2 == 0).then(|| PathBuf::from(root));
+            let base = BaseAction {
+                digest,
+                input_root: Digest::of(b"root"),
+                mount: mount.clone(),
+                file_system_root: if number % 3 == 0 { "/" } else { "/chroot" }.into(),
+                working_directory: "build".to_owned(),
+                outputs: vec![(format!("{number}.o"), Digest::of(b"output"))],
+                duration: Duration::from_micros(number as u64),
+                order: number as u64,
+                last_seen_unix_ms: seen,
+                encoded,
+            };
+            let action_key = action_parts(&base.encoded).unwrap().action_key;
+            let key = SubactionKey { action_key, mount };
+            parent.actions.insert(key, Arc::new(base));
+            let path = format!("{number}.o");
+            let origin = Origin::Action {
+                action: digest,
+                path,
+            };
+            parent.overlays.add(Digest::of(b"output"), origin);
+        }
+        let source = Origin::Source(format!("{root}/a.c").into());
+        parent.overlays.add(Digest::of(b"a.c"), source);
+        parent
+    }
+
+    fn known_file(path: &str) -> KnownFile {
+        let signature = FileSignature {
+            size: 1,
+            modified_ns: -2,
+            changed_ns: 3,
+            inode: 4,
+            device: 5,
+        };
+        (path.into(), (signature, Digest::of(b"file")))
+    }
+
+    fn assert_same(one: &Parent, other: &Parent) {
+        assert_eq!(one.identity, other.identity);
+        assert_eq!(one.actions, other.actions);
+        assert_eq!(one.last_seen_unix_ms, other.last_seen_unix_ms);
+        let overlays = |parent: &Parent| {
+            let mut overlays: Vec<_> = parent
+                .overlays
+                .iter()
+                .map(|(digest, origin)| (*digest, origin.clone()))
+                .collect();
+            overlays.sort_unstable();
+            overlays
+        };
+        assert_eq!(overlays(one), overlays(other));
+    }
+
+    #[test]
+    fn records_are_the_same_after_the_store_was_opened_again() {
+        let scratch = tempfile::tempdir().unwrap();
+        let (one, two) = (parent("/one", 9, 1), parent("/two", 4, 2));
+        let store = Store::open(scratch.path());
+        store.save(&one, &[known_file("/one/a.c")]).unwrap();
+        store.save(&two, &[known_file("/two/a.c")]).unwrap();
+        drop(store);
+        let store = Store::open(scratch.path());
+        let counts = RecordCounts {
+            actions: 13,
+            parents: 2,
+        };
+        assert_eq!(store.counts().unwrap(), counts);
+        assert_eq!(store.parents().unwrap().len(), 2);
+        for saved in [one, two] {
+            let loaded = store.load(saved.identity.weak_key()).unwrap().unwrap();
+            assert_same(&saved, &loaded);
+        }
+        let files = [known_file("/one/a.c"), known_file("/two/a.c")];
+        assert_eq!(store.files().unwrap(), files);
+        assert!(store.load(WeakKey([9; 32])).unwrap().is_none());
+    }
+
+    #[test]
+    fn saving_a_parent_replaces_its_records_and_no_others() {
+        let store = Store::in_memory();
+        let other = parent("/other", 3, 1);
+        store.save(&other, &[]).unwrap();
+        store.save(&parent("/p", 5, 1), &[]).unwrap();
+        let newer = parent("/p", 2, 2);
+        store.save(&newer, &[]).unwrap();
+        let loaded = |parent: &Parent| store.load(parent.identity.weak_key()).unwrap().unwrap();
+        assert_same(&loaded(&newer), &newer);
+        assert_same(&loaded(&other), &other);
+        assert_eq!(store.counts().unwrap().actions, 5);
+    }
+
+    #[test]
+    fn the_parents_not_seen_for_longest_make_room_and_the_one_saved_never_does() {
+        let mut store = Store::in_memory();
+        store.max_actions = 10;
+        let parents = [("/b", 2), ("/a", 1), ("/c", 3)].map(|(root, seen)| parent(root, 3, seen));
+        let keys = parents.each_ref().map(|parent| parent.identity.weak_key());
+        for parent in &parents {
+            assert_eq!(store.save(parent, &[]).unwrap(), []);
+        }
+        let dropped = store.save(&parent("/d", 6, 0), &[]).unwrap();
+        assert_eq!(dropped, [keys[1], keys[0]], "the oldest first");
+        assert_eq!(store.counts().unwrap().actions, 9);
+        let dropped = store.save(&parent("/huge", 50, 0), &[]).unwrap();
+        assert_eq!(dropped.len(), 2);
+        assert_eq!(store.counts().unwrap().actions, 50);
+    }
+
+    #[test]
+    fn damage_anywhere_in_the_file_takes_nobody_down() {
+        let scratch = tempfile::tempdir().unwrap();
+        let saved = parent("/p", 40, 1);
+        let store = Store::open(scratch.path());
+        store.save(&saved, &[known_file("/p/a.c")]).unwrap();
+        drop(store);
+        let whole = std::fs::read(scratch.path().join(FILE_NAME)).unwrap();
+        let mut lost = 0;
+        for round in 0..60_usize {
+            let directory = tempfile::tempdir().unwrap();
+            let path = directory.path().join(FILE_NAME);
+            let mut damaged = whole.clone();
+            match round {
+                0..10 => damaged.truncate(whole.len() * round / 10),
+                10..30 => damaged[(round - 10) * 16..][..16].fill(0xff),
+                _ => {
+                    let page = whole.len() / 30 * (round - 30);
+                    damaged[page..][..4096.min(whole.len() - page)].fill(0x5a);
+                }
+            }
+            std::fs::write(&path, &damaged).unwrap();
+            let store = Store::open(directory.path());
+            let read = || {
+                store.parents()?;
+                store.files()?;
+                store.counts()?;
+                store.load(saved.identity.weak_key())
+            };
+            let loaded = read();
+            lost += usize::from(!matches!(loaded, Ok(Some(_))));
+            // It may refuse, but it says so.
+            let _ = store.save(&parent("/q", 3, 2), &[]);
+        }
+        assert!(lost > 10, "the damage was none: {lost}");
+    }
 }
