@@ -1,6 +1,12 @@
 //! What breaks around primed costs at most what primed would have saved: builds go on, and what
 //! is wrong is said once. Real recc, make and buildbox-casd.
 
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    reason = "a test that cannot set the stage fails"
+)]
+
 use std::path::{Path, PathBuf};
 
 use tempfile::TempDir;
@@ -35,7 +41,10 @@ impl Ground {
     }
 
     fn primed(&self) -> Primed {
-        Primed::start(self.path(), &self.casd.address())
+        let primed = Primed::start(self.path(), &self.casd.address());
+        // Sockets are bound before the records are opened; an answer comes after.
+        primed.status();
+        primed
     }
 
     fn project(&self) -> Project {
@@ -176,6 +185,7 @@ fn a_second_primed_on_the_same_records_works_without_them_and_says_so() {
     let state = ground.path().join("state");
     std::os::unix::fs::symlink(&state, other.join("state")).unwrap();
     let second = Primed::start(&other, &ground.casd.address());
+    second.status();
     assert_one_complaint(&second.daemon, &["another primed uses it", "--state-dir"]);
     let project = Project::of_units(ground.path(), &second.address(), UNITS);
     rebuild(&project, &second, 1);

@@ -1,4 +1,4 @@
-//! Tests of the whole: primed as its users run it, with real recc and buildbox-casd.
+//! Tests of the whole: primed as its users run it, with real recc, buildbox-casd and gRPC clients.
 
 mod backend;
 mod cli;

@@ -1,5 +1,11 @@
 //! What clients and backend see of primed, proven against a backend that does as the test says.
 
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    reason = "a test that cannot set the stage fails"
+)]
+
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
