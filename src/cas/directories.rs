@@ -154,3 +154,76 @@ impl DirectoryCache {
         Ok(trees)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::cas::memory::Memory;
+
+    fn directory(children: &[(&str, Digest)]) -> Bytes {
+        let directories = children.iter().map(|(name, digest)| reapi::DirectoryNode {
+            name: (*name).to_owned(),
+            digest: Some(digest.to_proto()),
+        });
+        let message = reapi::Directory {
+            directories: directories.collect(),
+            ..reapi::Directory::default()
+        };
+        message.encode_to_vec().into()
+    }
+
+    #[tokio::test]
+    async fn shared_directories_are_fetched_once_level_by_level() {
+        let leaf = directory(&[]);
+        let leaf = directory(&[("empty", Digest::of(&leaf))]);
+        let middle = directory(&[("a", Digest::of(&leaf)), ("b", Digest::of(&leaf))]);
+        let roots = ["x", "y", "z"].map(|name| directory(&[(name, Digest::of(&middle))]));
+        let all = roots.iter().chain([&middle, &leaf]).cloned();
+        let memory = Memory::holding(all);
+        let cas = Cas::new(memory.clone());
+        let cache = DirectoryCache::default();
+        let digests = roots.each_ref().map(|root| Digest::of(root));
+        let trees = cache.load(&cas, "", digests).await.unwrap();
+        assert_eq!(trees.len(), 6, "the empty one too");
+        let sizes: Vec<usize> = memory.batches_read.lock().iter().map(Vec::len).collect();
+        assert_eq!(sizes, [3, 1, 1]);
+        let again = cache.load(&cas, "", digests).await.unwrap();
+        assert_eq!(again.len(), 6);
+        assert_eq!(memory.batches_read.lock().len(), 3, "nothing more is read");
+    }
+
+    #[tokio::test]
+    async fn what_is_absent_malformed_or_too_deep_is_left_out() {
+        let malformed = Bytes::from_static(b"\xff\xff\xff");
+        let slash = directory(&[("a/b", Digest::of(b"x"))]);
+        let root = directory(&[
+            ("absent", Digest::of(b"absent")),
+            ("malformed", Digest::of(&malformed)),
+            ("slash", Digest::of(&slash)),
+        ]);
+        let mut chain = vec![directory(&[])];
+        for depth in 0..MAX_DEPTH * 2 {
+            chain.push(directory(&[("d", Digest::of(&chain[depth]))]));
+        }
+        let bottom = Digest::of(&chain[0]);
+        let top = Digest::of(&chain[MAX_DEPTH * 2]);
+        let all = chain.into_iter().chain([malformed, slash, root.clone()]);
+        let cas = Cas::new(Memory::holding(all));
+        let roots = [Digest::of(&root), top];
+        let trees = DirectoryCache::default()
+            .load(&cas, "", roots)
+            .await
+            .unwrap();
+        assert_eq!(trees.len(), 1 + MAX_DEPTH);
+        assert!(trees.contains_key(&roots[0]) && trees.contains_key(&top));
+        assert!(!trees.contains_key(&bottom));
+    }
+
+    #[test]
+    fn a_directory_with_unknown_fields_is_known_for_one_that_must_not_be_rewritten() {
+        let plain = directory(&[("a", Digest::of(b"x"))]);
+        assert!(Directory::parse(plain.clone()).unwrap().canonical);
+        let odd = [plain.as_ref(), &[0xf8, 0x3f, 1]].concat(); // field 1023
+        assert!(!Directory::parse(odd.into()).unwrap().canonical);
+    }
+}

@@ -2,6 +2,8 @@
 //! below, for `backend` speaks of it too.)
 
 pub mod directories;
+#[cfg(test)]
+mod memory;
 pub mod transfer;
 
 pub use crate::digest::{self, Digest};

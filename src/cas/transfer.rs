@@ -160,6 +160,7 @@ fn batches(sizes: impl Iterator<Item = u64>, limit: u64) -> Vec<std::ops::Range<
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::cas::memory::Memory;
 
     #[test]
     fn batches_cover_everything_once_and_respect_the_limit() {
@@ -167,5 +168,60 @@ mod tests {
         let ranges = batches(sizes.iter().copied(), 5200);
         assert_eq!(ranges, [0..2, 2..3, 3..6, 6..7]);
         assert!(batches(std::iter::empty(), 10).is_empty());
+    }
+
+    fn blob(size: usize, fill: u8) -> Bytes {
+        vec![fill; size].into()
+    }
+
+    #[tokio::test]
+    async fn what_is_fetched_is_there_once_and_whole_or_left_out() {
+        let small: Vec<Bytes> = (0..30).map(|fill| blob(1000, fill)).collect();
+        let large = blob(50_000, 99);
+        let memory = Memory::holding(small.iter().cloned().chain([large.clone()]));
+        let absent = [Digest::of(b"absent"), Digest::of(&blob(60_000, 1))];
+        let damaged = Digest::of(&small[3]);
+        memory.blobs.lock().insert(damaged, blob(1000, 200));
+        let damaged_large = Digest::of(&blob(50_000, 98));
+        memory.blobs.lock().insert(damaged_large, large.clone());
+        let held: Vec<Digest> = small
+            .iter()
+            .chain([&large])
+            .map(|b| Digest::of(b))
+            .collect();
+        let asked = held.iter().chain(&held).chain(&absent).copied();
+        let asked = asked.chain([Digest::of(b""), damaged_large]);
+        let fetched = Cas::new(memory.clone()).fetch("", asked).await.unwrap();
+        assert_eq!(
+            fetched.len(),
+            held.len(),
+            "less the damaged, and the empty one"
+        );
+        assert_eq!(fetched[&Digest::of(b"")], Bytes::new());
+        assert!(
+            fetched
+                .iter()
+                .all(|(digest, blob)| Digest::of(blob) == *digest)
+        );
+        let mut read: Vec<Digest> = memory.batches_read.lock().concat();
+        let count = read.len();
+        read.sort_unstable();
+        read.dedup();
+        assert_eq!(read.len(), count, "no digest is asked for twice");
+    }
+
+    #[tokio::test]
+    async fn only_what_is_missing_is_uploaded_and_what_is_large_by_itself() {
+        let memory = Memory::holding([blob(10, 1)]);
+        let blobs = (0..25)
+            .map(|fill| blob(1000, fill))
+            .chain([blob(10, 1), blob(20_000, 7)]);
+        let blobs: HashMap<Digest, Bytes> = blobs.map(|blob| (Digest::of(&blob), blob)).collect();
+        let cas = Cas::new(memory.clone());
+        cas.upload("", &blobs).await.unwrap();
+        assert_eq!(memory.written.lock().each_ref().map(Vec::len), [25, 1]);
+        assert_eq!(*memory.blobs.lock(), blobs);
+        cas.upload("", &blobs).await.unwrap();
+        assert_eq!(memory.written.lock().each_ref().map(Vec::len), [25, 1]);
     }
 }
