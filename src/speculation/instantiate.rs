@@ -129,7 +129,9 @@ pub struct Task<'a, O> {
 /// Rewrites trees. Lives as long as one set of replacements.
 #[derive(Default)]
 pub struct Instantiator {
-    memo: HashMap<Mounted, HashMap<String, Rewritten>>,
+    memo: HashMap<Mounted, HashMap<String, Known>>,
+    /// Whether what is being rewritten holds an own output of the action that reads it.
+    for_its_writer: bool,
 }
 
 /// A directory, and what the roots of the trees that hold it stand for. What its files are
@@ -138,6 +140,21 @@ pub struct Instantiator {
 struct Mounted {
     directory: Digest,
     mount: Option<PathBuf>,
+}
+
+/// What became of a directory.
+struct Known {
+    rewritten: Rewritten,
+    /// The only action that it holds for, where that one reads what it writes itself.
+    only_for: Option<Node>,
+}
+
+impl Known {
+    fn holds_for(&self, node: Node) -> bool {
+        let waits_for_itself =
+            matches!(&self.rewritten, Rewritten::Waits(nodes) if nodes.contains(&node));
+        self.only_for.is_none_or(|only| only == node) && !waits_for_itself
+    }
 }
 
 #[derive(Clone)]
@@ -156,6 +173,7 @@ impl Instantiator {
     where
         O: Fn(Node, &str) -> Option<Option<Digest>>,
     {
+        self.for_its_writer = false;
         match self.rewrite(task, task.base.input_root, "")? {
             Rewritten::Same => Ok(Instantiation::Unchanged),
             Rewritten::Waits(nodes) => Ok(Instantiation::Waits(nodes)),
@@ -186,10 +204,16 @@ impl Instantiator {
         };
         let places = self.memo.entry(mounted.clone()).or_default();
         match places.get(path) {
-            // Valid until one of them is done.
-            Some(Rewritten::Waits(nodes))
-                if nodes.iter().any(|node| (task.output)(*node, "").is_some()) => {}
-            Some(known) => return Ok(known.clone()),
+            Some(known) if !known.holds_for(task.node) => {}
+            Some(known) => match &known.rewritten {
+                // Valid until one of them is done.
+                Rewritten::Waits(nodes)
+                    if nodes.iter().any(|node| (task.output)(*node, "").is_some()) => {}
+                rewritten => {
+                    self.for_its_writer |= known.only_for.is_some();
+                    return Ok(rewritten.clone());
+                }
+            },
             None if places.len() >= MAX_PLACES => return Err(Unadaptable::TooLarge),
             None => {}
         }
@@ -200,9 +224,15 @@ impl Instantiator {
         if directory.files.is_empty() && directory.directories.is_empty() {
             return Ok(Rewritten::Same);
         }
+        let above = std::mem::take(&mut self.for_its_writer);
         let rewritten = self.rewrite_entries(task, digest, directory, path)?;
+        let known = Known {
+            rewritten: rewritten.clone(),
+            only_for: self.for_its_writer.then_some(task.node),
+        };
+        self.for_its_writer |= above;
         let places = self.memo.entry(mounted).or_default();
-        places.insert(path.to_owned(), rewritten.clone());
+        places.insert(path.to_owned(), known);
         Ok(rewritten)
     }
 
@@ -228,6 +258,7 @@ impl Instantiator {
                 path: &path,
                 digest: *recorded,
             };
+            self.for_its_writer |= task.resolver.is_read_by_its_writer(file);
             match task.resolver.resolve(file, &task.output) {
                 Current::Recorded => {}
                 Current::Source(_, now) | Current::Output(now) if now == *recorded => {}

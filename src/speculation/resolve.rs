@@ -106,6 +106,14 @@ impl Resolver<'_> {
         origins
     }
 
+    /// Whether what `file` is depends on which action reads it: on one that writes it itself.
+    pub fn is_read_by_its_writer(&self, file: TreeFile<'_>) -> bool {
+        let origins = self.overlays.origins(&file.digest);
+        origins
+            .iter()
+            .any(|origin| self.is_own_output(file, origin))
+    }
+
     /// An action that rewrites one of its inputs does not wait for itself.
     fn is_own_output(&self, file: TreeFile<'_>, origin: &Origin) -> bool {
         matches!(origin, Origin::Action { action, .. }

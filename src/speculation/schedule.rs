@@ -471,6 +471,28 @@ mod tests {
     }
 
     #[test]
+    fn an_action_that_rewrites_its_input_is_waited_for_by_others_and_not_by_itself() {
+        let both = ["s", "x"];
+        let rewriter = Scene::default()
+            .source("s", "new")
+            .action("x", &both, 1)
+            .action("y", &both, 1);
+        let reader_first = Scene::default()
+            .source("s", "new")
+            .action("y", &both, 1)
+            .action("x", &both, 1);
+        for scene in [rewriter, reader_first] {
+            let mut plan = scene.plan();
+            // Its own output is for it what it was.
+            let age = |name: &str| if name == "s" { "new" } else { "old" };
+            let (input_root, _) = Digest::of_message(&root(&both, age));
+            let first = Digest::of(&encoded("x", input_root));
+            assert_eq!(actions(&plan.start(&HashMap::new())), [first]);
+            assert_eq!(done(&mut plan, first, "x"), [adapted("y", &both)]);
+        }
+    }
+
+    #[test]
     fn what_has_the_longest_time_below_it_comes_first() {
         let mut plan = Scene::default()
             .source("s", "new")
