@@ -31,7 +31,7 @@ pub fn generate(
         index,
         actions_too: mode.uses_action_overlays(),
         overlays: OverlayTable::default(),
-        visited: HashMap::new(),
+        visited: HashSet::new(),
         seen: HashSet::new(),
         on_disk: HashMap::new(),
         sources: Vec::new(),
@@ -77,8 +77,8 @@ struct Generation<'a> {
     index: &'a FileIndex,
     actions_too: bool,
     overlays: OverlayTable,
-    /// For each directory and mount, the paths at which it was visited.
-    visited: HashMap<(Digest, Option<PathBuf>), HashSet<String>>,
+    /// Directories at the places where they were visited.
+    visited: HashSet<(Digest, Option<PathBuf>, String)>,
     /// Digests whose ACTION origins by content were added.
     seen: HashSet<Digest>,
     /// What stands on disk at places that were looked at.
@@ -98,12 +98,14 @@ struct SourceFile {
 impl Generation<'_> {
     fn visit(&mut self, base: &BaseAction, trees: &Trees) {
         let mut open = vec![(base.input_root, String::new())];
+        let mut places_of: HashMap<Digest, usize> = HashMap::new();
         while let Some((digest, path)) = open.pop() {
-            let paths = self.visited.entry((digest, base.mount.clone()));
-            let paths = paths.or_default();
-            if paths.len() >= MAX_PLACES || !paths.insert(path.clone()) {
+            let count = places_of.entry(digest).or_default();
+            let place = (digest, base.mount.clone(), path.clone());
+            if *count >= MAX_PLACES || !self.visited.insert(place) {
                 continue;
             }
+            *count += 1;
             let Some(directory) = trees.get(&digest) else {
                 continue;
             };

@@ -17,7 +17,7 @@ use crate::cas::Digest;
 use crate::cas::directories::{Directory, Trees, child_path};
 use crate::reapi;
 
-/// At how many places of an input root one directory may stand. Real trees stay far below; one
+/// At how many places of one input tree a directory may stand. Real trees stay far below; one
 /// that is built to have 2^40 paths does not.
 pub const MAX_PLACES: usize = 4096;
 
@@ -129,17 +129,19 @@ pub struct Task<'a, O> {
 /// Rewrites trees. Lives as long as one set of replacements.
 #[derive(Default)]
 pub struct Instantiator {
-    memo: HashMap<Mounted, HashMap<String, Known>>,
+    memo: HashMap<Place, Known>,
+    /// How often each directory was rewritten for the action at hand.
+    places: HashMap<Digest, usize>,
     /// Whether what is being rewritten holds an own output of the action that reads it.
     for_its_writer: bool,
 }
 
-/// A directory, and what the roots of the trees that hold it stand for. What its files are
-/// depends on both, and on its path in the tree.
+/// A directory at the place where a tree holds it: what its files are depends on both.
 #[derive(Clone, PartialEq, Eq, Hash)]
-struct Mounted {
+struct Place {
     directory: Digest,
     mount: Option<PathBuf>,
+    path: String,
 }
 
 /// What became of a directory.
@@ -173,6 +175,7 @@ impl Instantiator {
     where
         O: Fn(Node, &str) -> Option<Option<Digest>>,
     {
+        self.places.clear();
         self.for_its_writer = false;
         match self.rewrite(task, task.base.input_root, "")? {
             Rewritten::Same => Ok(Instantiation::Unchanged),
@@ -198,12 +201,12 @@ impl Instantiator {
     where
         O: Fn(Node, &str) -> Option<Option<Digest>>,
     {
-        let mounted = Mounted {
+        let place = Place {
             directory: digest,
             mount: task.base.mount.clone(),
+            path: path.to_owned(),
         };
-        let places = self.memo.entry(mounted.clone()).or_default();
-        match places.get(path) {
+        match self.memo.get(&place) {
             Some(known) if !known.holds_for(task.node) => {}
             Some(known) => match &known.rewritten {
                 // Valid until one of them is done.
@@ -214,15 +217,20 @@ impl Instantiator {
                     return Ok(rewritten.clone());
                 }
             },
-            None if places.len() >= MAX_PLACES => return Err(Unadaptable::TooLarge),
             None => {}
         }
         let directory = task
             .trees
             .get(&digest)
             .ok_or(Unadaptable::Directory(digest))?;
+        // An empty one may stand anywhere.
         if directory.files.is_empty() && directory.directories.is_empty() {
             return Ok(Rewritten::Same);
+        }
+        let places = self.places.entry(digest).or_default();
+        *places += 1;
+        if *places > MAX_PLACES {
+            return Err(Unadaptable::TooLarge);
         }
         let above = std::mem::take(&mut self.for_its_writer);
         let rewritten = self.rewrite_entries(task, digest, directory, path)?;
@@ -231,8 +239,7 @@ impl Instantiator {
             only_for: self.for_its_writer.then_some(task.node),
         };
         self.for_its_writer |= above;
-        let places = self.memo.entry(mounted).or_default();
-        places.insert(path.to_owned(), known);
+        self.memo.insert(place, known);
         Ok(rewritten)
     }
 
