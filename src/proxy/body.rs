@@ -26,13 +26,13 @@ pub enum RequestBody {
         /// What is still to come.
         rest: Incoming,
     },
-    /// A whole request message, which can be sent more than once.
-    Whole(Option<Bytes>),
+    /// One whole message and the end, to be sent once more.
+    Again(Option<Bytes>),
 }
 
 impl RequestBody {
     /// Reads the first gRPC message, if it is uncompressed and at most `limit` bytes long.
-    /// Returns the body with everything still in it. It is `Whole` if nothing follows the message.
+    /// Returns the body with everything still in it.
     pub async fn read_first_message(mut body: Incoming, limit: usize) -> (Option<Bytes>, Self) {
         let mut frames = VecDeque::new();
         let mut read = Vec::new();
@@ -49,28 +49,15 @@ impl RequestBody {
                 break;
             }
         }
-        // Some clients half-close with an empty frame of its own, which may be here already.
-        while message.is_some()
-            && let Poll::Ready(Some(Ok(frame))) = poll_now(&mut body).await
-        {
-            read.extend(frame.data_ref().cloned());
-            frames.push_back(frame);
-        }
-        if message.is_some() && body.is_end_stream() && frames.iter().all(Frame::is_data) {
-            let whole = match read.as_slice() {
-                [only] => only.clone(),
-                parts => parts.concat().into(),
-            };
-            return (message, RequestBody::Whole(Some(whole)));
-        }
         (message, RequestBody::ReadAhead { frames, rest: body })
     }
 
     /// The same body once more, for a method whose request is one message. Ask before it is sent.
     pub fn again(&self) -> Option<Self> {
         match self {
-            RequestBody::Whole(whole) => Some(RequestBody::Whole(whole.clone())),
-            // Some clients (tonic's) end the stream with a frame of its own, later on.
+            RequestBody::Again(whole) => Some(RequestBody::Again(whole.clone())),
+            // Whether the client has ended the stream yet does not matter: nothing else can
+            // follow, and some clients (tonic's) do so later, with a frame of its own.
             RequestBody::ReadAhead { frames, .. } => {
                 let read: Option<Vec<&[u8]>> = frames
                     .iter()
@@ -79,16 +66,11 @@ impl RequestBody {
                 let whole = Bytes::from(read?.concat());
                 let message = first_message(std::slice::from_ref(&whole))?;
                 (whole.len() == FRAME_HEADER + message.len())
-                    .then_some(RequestBody::Whole(Some(whole)))
+                    .then_some(RequestBody::Again(Some(whole)))
             }
             RequestBody::Untouched(_) => None,
         }
     }
-}
-
-/// The next frame, if it is there without waiting.
-async fn poll_now(body: &mut Incoming) -> Poll<Option<Result<Frame<Bytes>, hyper::Error>>> {
-    std::future::poll_fn(|cx| Poll::Ready(Pin::new(&mut *body).poll_frame(cx))).await
 }
 
 fn first_message(parts: &[Bytes]) -> Option<Bytes> {
@@ -117,7 +99,7 @@ impl Body for RequestBody {
                 Some(frame) => Poll::Ready(Some(Ok(frame))),
                 None => Pin::new(rest).poll_frame(cx),
             },
-            RequestBody::Whole(whole) => {
+            RequestBody::Again(whole) => {
                 Poll::Ready(whole.take().map(|data| Ok(Frame::data(data))))
             }
         }
@@ -127,7 +109,7 @@ impl Body for RequestBody {
         match self {
             RequestBody::Untouched(body) => body.is_end_stream(),
             RequestBody::ReadAhead { frames, rest } => frames.is_empty() && rest.is_end_stream(),
-            RequestBody::Whole(whole) => whole.is_none(),
+            RequestBody::Again(whole) => whole.is_none(),
         }
     }
 }

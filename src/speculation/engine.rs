@@ -257,10 +257,16 @@ impl State {
         if known.len() > MAX_INVOCATIONS {
             known.clear();
         }
-        let caller = known
-            .entry(invocation(&metadata))
-            .or_insert_with(|| Caller::identify(&origin.peer, metadata, &self.host))
-            .clone();
+        let invocation = invocation(&metadata);
+        let caller = match known.get(&invocation) {
+            Some(caller) if self.open.contains_key(&caller.key) => caller.clone(),
+            // New; or its build has ended, and its process id may be another's by now.
+            _ => {
+                let caller = Caller::identify(&origin.peer, metadata, &self.host);
+                known.insert(invocation, caller.clone());
+                caller
+            }
+        };
         if !self.open.contains_key(&caller.key) {
             self.begin(&caller);
         }
