@@ -3,19 +3,20 @@
 //! The store may be missing, broken, locked or read-only; primed then says so once, keeps its
 //! records in memory, and goes on. A broken file is put aside, never deleted.
 
-use std::fs::DirBuilder;
+use std::fs::{DirBuilder, File};
 use std::io;
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
-use std::os::unix::fs::DirBuilderExt;
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
+use parking_lot::RwLock;
 use prost::Message;
 use redb::backends::InMemoryBackend;
 use redb::{
-    Database, DatabaseError, ReadableDatabase, ReadableTable, ReadableTableMetadata,
+    Database, DatabaseError, ReadableDatabase, ReadableTable, ReadableTableMetadata, StorageError,
     TableDefinition,
 };
 
@@ -54,21 +55,23 @@ impl<E: Into<redb::Error>> From<E> for StoreError {
     }
 }
 
+impl StoreError {
+    /// After an I/O error (a full disk, say) redb refuses all further work until it is reopened.
+    fn calls_for_reopening(&self) -> bool {
+        matches!(*self.0, redb::Error::PreviousIo)
+    }
+}
+
 /// The record store.
 pub struct Store {
-    database: Database,
+    database: RwLock<Option<Database>>,
+    reopen: Reopen,
     /// How many base actions are kept in all.
     max_actions: u64,
 }
 
-impl From<Database> for Store {
-    fn from(database: Database) -> Self {
-        Store {
-            database,
-            max_actions: MAX_ACTIONS,
-        }
-    }
-}
+/// Opens the same database again.
+type Reopen = Box<dyn Fn() -> Result<Database, DatabaseError> + Send + Sync>;
 
 /// How many records there are.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -86,7 +89,10 @@ impl Store {
     /// Opens the store in `directory`, or one in memory if that cannot be had. Blocks.
     pub fn open(directory: &Path) -> Self {
         match open_file(directory) {
-            Ok(database) => database.into(),
+            Ok(database) => {
+                let path = directory.join(FILE_NAME);
+                Store::new(database, Box::new(move || create(&path)))
+            }
             Err(reason) => {
                 tracing::warn!(
                     directory = %directory.display(), %reason,
@@ -103,10 +109,32 @@ impl Store {
             clippy::expect_used,
             reason = "an empty database in memory does no I/O"
         )]
-        let database = Database::builder()
-            .create_with_backend(InMemoryBackend::new())
-            .expect("a database in memory can be created");
-        database.into()
+        let database = create_in_memory().expect("a database in memory can be created");
+        Store::new(database, Box::new(create_in_memory))
+    }
+
+    fn new(database: Database, reopen: Reopen) -> Self {
+        Store {
+            database: RwLock::new(Some(database)),
+            reopen,
+            max_actions: MAX_ACTIONS,
+        }
+    }
+
+    /// Does `work` on the database, which is opened again first if an earlier error calls for it.
+    fn with<T>(&self, work: impl Fn(&Database) -> Result<T, StoreError>) -> Result<T, StoreError> {
+        if let Some(database) = self.database.read().as_ref() {
+            match work(database) {
+                Err(error) if error.calls_for_reopening() => {}
+                done => return done,
+            }
+        }
+        let mut database = self.database.write();
+        // Closed first: it holds a lock on its file.
+        *database = None;
+        let database = database.insert((self.reopen)()?);
+        tracing::info!("the record store was opened again after an error");
+        work(database)
     }
 
     /// All parents, without their actions.
@@ -114,22 +142,24 @@ impl Store {
     /// # Errors
     /// When the store cannot be read.
     pub fn parents(&self) -> Result<Vec<(WeakKey, ParentIdentity)>, StoreError> {
-        let read = self.database.begin_read()?;
-        let Ok(table) = read.open_table(PARENTS) else {
-            return Ok(Vec::new());
-        };
-        let mut parents = Vec::new();
-        for entry in table.iter()? {
-            let (key, value) = entry?;
-            let identity = proto::Parent::decode(value.value())
-                .ok()
-                .map(|p| identity(&p));
-            match (<[u8; 32]>::try_from(key.value()), identity) {
-                (Ok(key), Some(identity)) => parents.push((WeakKey(key), identity)),
-                _ => tracing::warn!("a parent in the record store is malformed; it is ignored"),
+        self.with(|database| {
+            let read = database.begin_read()?;
+            let Ok(table) = read.open_table(PARENTS) else {
+                return Ok(Vec::new());
+            };
+            let mut parents = Vec::new();
+            for entry in table.iter()? {
+                let (key, value) = entry?;
+                let identity = proto::Parent::decode(value.value())
+                    .ok()
+                    .map(|p| identity(&p));
+                match (<[u8; 32]>::try_from(key.value()), identity) {
+                    (Ok(key), Some(identity)) => parents.push((WeakKey(key), identity)),
+                    _ => tracing::warn!("a parent in the record store is malformed; it is ignored"),
+                }
             }
-        }
-        Ok(parents)
+            Ok(parents)
+        })
     }
 
     /// How many records there are.
@@ -137,14 +167,16 @@ impl Store {
     /// # Errors
     /// When the store cannot be read.
     pub fn counts(&self) -> Result<RecordCounts, StoreError> {
-        let read = self.database.begin_read()?;
-        let length = |table| match read.open_table(table) {
-            Ok(table) => table.len(),
-            Err(_) => Ok(0),
-        };
-        Ok(RecordCounts {
-            actions: length(ACTIONS)?,
-            parents: length(PARENTS)?,
+        self.with(|database| {
+            let read = database.begin_read()?;
+            let length = |table| match read.open_table(table) {
+                Ok(table) => table.len(),
+                Err(_) => Ok(0),
+            };
+            Ok(RecordCounts {
+                actions: length(ACTIONS)?,
+                parents: length(PARENTS)?,
+            })
         })
     }
 
@@ -153,35 +185,39 @@ impl Store {
     /// # Errors
     /// When the store cannot be read.
     pub fn load(&self, key: WeakKey) -> Result<Option<Parent>, StoreError> {
-        let read = self.database.begin_read()?;
-        let (Ok(parents), Ok(actions)) = (read.open_table(PARENTS), read.open_table(ACTIONS))
-        else {
-            return Ok(None);
-        };
-        let Some(value) = parents.get(key.0.as_slice())? else {
-            return Ok(None);
-        };
-        let Ok(stored) = proto::Parent::decode(value.value()) else {
-            return Ok(None);
-        };
-        let mut parent = Parent {
-            identity: identity(&stored),
-            actions: Default::default(),
-            overlays: overlays(&stored.overlays),
-            last_seen_unix_ms: stored.last_seen_unix_ms,
-        };
-        let (first, last) = range_of(key);
-        for entry in actions.range(first.as_slice()..=last.as_slice())? {
-            let (_, value) = entry?;
-            let decoded = proto::BaseAction::decode(value.value()).ok();
-            match decoded.and_then(base_action) {
-                Some((key, base)) => {
-                    parent.actions.insert(key, Arc::new(base));
+        self.with(|database| {
+            let read = database.begin_read()?;
+            let (Ok(parents), Ok(actions)) = (read.open_table(PARENTS), read.open_table(ACTIONS))
+            else {
+                return Ok(None);
+            };
+            let Some(value) = parents.get(key.0.as_slice())? else {
+                return Ok(None);
+            };
+            let Ok(stored) = proto::Parent::decode(value.value()) else {
+                return Ok(None);
+            };
+            let mut parent = Parent {
+                identity: identity(&stored),
+                actions: Default::default(),
+                overlays: overlays(&stored.overlays),
+                last_seen_unix_ms: stored.last_seen_unix_ms,
+            };
+            let (first, last) = range_of(key);
+            for entry in actions.range(first.as_slice()..=last.as_slice())? {
+                let (_, value) = entry?;
+                let decoded = proto::BaseAction::decode(value.value()).ok();
+                match decoded.and_then(base_action) {
+                    Some((key, base)) => {
+                        parent.actions.insert(key, Arc::new(base));
+                    }
+                    None => {
+                        tracing::warn!("an action in the record store is malformed; it is ignored")
+                    }
                 }
-                None => tracing::warn!("an action in the record store is malformed; it is ignored"),
             }
-        }
-        Ok(Some(parent))
+            Ok(Some(parent))
+        })
     }
 
     /// Replaces what is recorded of one parent, and drops the least recently seen parents if
@@ -190,59 +226,61 @@ impl Store {
     /// # Errors
     /// When the store cannot be written; it is then as it was.
     pub fn save(&self, parent: &Parent, files: &[KnownFile]) -> Result<Vec<WeakKey>, StoreError> {
-        let key = parent.identity.weak_key();
-        let write = self.database.begin_write()?;
-        let mut dropped = Vec::new();
-        {
-            let mut parents = write.open_table(PARENTS)?;
-            let mut actions = write.open_table(ACTIONS)?;
-            let mut states = write.open_table(FILES)?;
-            let (first, last) = range_of(key);
-            actions.retain_in(first.as_slice()..=last.as_slice(), |_, _| false)?;
-            for base in parent.actions.values() {
-                let name = [key.0.as_slice(), base.digest.hash()].concat();
-                actions.insert(
-                    name.as_slice(),
-                    stored_action(base).encode_to_vec().as_slice(),
-                )?;
-            }
-            let stored = stored_parent(parent).encode_to_vec();
-            parents.insert(key.0.as_slice(), stored.as_slice())?;
-            if actions.len()? > self.max_actions {
-                let mut by_age = Vec::new();
-                for entry in parents.iter()? {
-                    let (name, value) = entry?;
-                    let seen = proto::Parent::decode(value.value())
-                        .map_or(0, |parent| parent.last_seen_unix_ms);
-                    if let Ok(name) = <[u8; 32]>::try_from(name.value()) {
-                        by_age.push((seen, WeakKey(name)));
+        self.with(|database| {
+            let key = parent.identity.weak_key();
+            let write = database.begin_write()?;
+            let mut dropped = Vec::new();
+            {
+                let mut parents = write.open_table(PARENTS)?;
+                let mut actions = write.open_table(ACTIONS)?;
+                let mut states = write.open_table(FILES)?;
+                let (first, last) = range_of(key);
+                actions.retain_in(first.as_slice()..=last.as_slice(), |_, _| false)?;
+                for base in parent.actions.values() {
+                    let name = [key.0.as_slice(), base.digest.hash()].concat();
+                    actions.insert(
+                        name.as_slice(),
+                        stored_action(base).encode_to_vec().as_slice(),
+                    )?;
+                }
+                let stored = stored_parent(parent).encode_to_vec();
+                parents.insert(key.0.as_slice(), stored.as_slice())?;
+                if actions.len()? > self.max_actions {
+                    let mut by_age = Vec::new();
+                    for entry in parents.iter()? {
+                        let (name, value) = entry?;
+                        let seen = proto::Parent::decode(value.value())
+                            .map_or(0, |parent| parent.last_seen_unix_ms);
+                        if let Ok(name) = <[u8; 32]>::try_from(name.value()) {
+                            by_age.push((seen, WeakKey(name)));
+                        }
+                    }
+                    by_age.sort_unstable();
+                    for (_, oldest) in by_age {
+                        if actions.len()? <= self.max_actions {
+                            break;
+                        }
+                        // Also when a clock that was wrong makes it look the oldest.
+                        if oldest == key {
+                            continue;
+                        }
+                        let (first, last) = range_of(oldest);
+                        actions.retain_in(first.as_slice()..=last.as_slice(), |_, _| false)?;
+                        parents.remove(oldest.0.as_slice())?;
+                        dropped.push(oldest);
                     }
                 }
-                by_age.sort_unstable();
-                for (_, oldest) in by_age {
-                    if actions.len()? <= self.max_actions {
-                        break;
-                    }
-                    // Also when a clock that was wrong makes it look the oldest.
-                    if oldest == key {
-                        continue;
-                    }
-                    let (first, last) = range_of(oldest);
-                    actions.retain_in(first.as_slice()..=last.as_slice(), |_, _| false)?;
-                    parents.remove(oldest.0.as_slice())?;
-                    dropped.push(oldest);
+                if states.len()? > MAX_FILES {
+                    states.retain(|_, _| false)?;
+                }
+                for (path, state) in files {
+                    let stored = stored_file(state).encode_to_vec();
+                    states.insert(path.as_os_str().as_bytes(), stored.as_slice())?;
                 }
             }
-            if states.len()? > MAX_FILES {
-                states.retain(|_, _| false)?;
-            }
-            for (path, state) in files {
-                let stored = stored_file(state).encode_to_vec();
-                states.insert(path.as_os_str().as_bytes(), stored.as_slice())?;
-            }
-        }
-        write.commit()?;
-        Ok(dropped)
+            write.commit()?;
+            Ok(dropped)
+        })
     }
 
     /// The file states that were saved.
@@ -250,22 +288,24 @@ impl Store {
     /// # Errors
     /// When the store cannot be read.
     pub fn files(&self) -> Result<Vec<KnownFile>, StoreError> {
-        let read = self.database.begin_read()?;
-        let Ok(table) = read.open_table(FILES) else {
-            return Ok(Vec::new());
-        };
-        let mut files = Vec::new();
-        for entry in table.iter()? {
-            let (path, value) = entry?;
-            let path = PathBuf::from(std::ffi::OsString::from_vec(path.value().to_vec()));
-            if let Some(state) = proto::FileState::decode(value.value())
-                .ok()
-                .and_then(known_file)
-            {
-                files.push((path, state));
+        self.with(|database| {
+            let read = database.begin_read()?;
+            let Ok(table) = read.open_table(FILES) else {
+                return Ok(Vec::new());
+            };
+            let mut files = Vec::new();
+            for entry in table.iter()? {
+                let (path, value) = entry?;
+                let path = PathBuf::from(std::ffi::OsString::from_vec(path.value().to_vec()));
+                if let Some(state) = proto::FileState::decode(value.value())
+                    .ok()
+                    .and_then(known_file)
+                {
+                    files.push((path, state));
+                }
             }
-        }
-        Ok(files)
+            Ok(files)
+        })
     }
 }
 
@@ -301,27 +341,43 @@ fn open_file(directory: &Path) -> Result<Database, OpenError> {
             );
             create(&path).map_err(|error| OpenError::Database(Box::new(error)))
         }
-        Err(DatabaseError::Storage(redb::StorageError::Io(error))) => Err(OpenError::Io(error)),
+        Err(DatabaseError::Storage(StorageError::Io(error))) => Err(OpenError::Io(error)),
         Err(other) => Err(OpenError::Database(Box::new(other))),
         Ok(database) => Ok(database),
     }
 }
 
+fn create_in_memory() -> Result<Database, DatabaseError> {
+    Database::builder().create_with_backend(InMemoryBackend::new())
+}
+
 fn create(path: &Path) -> Result<Database, DatabaseError> {
-    let open = || Database::builder().set_cache_size(CACHE_BYTES).create(path);
+    let open = || {
+        let file = File::options()
+            .read(true)
+            .write(true)
+            .create(true)
+            .truncate(false)
+            .mode(0o600)
+            .open(path)
+            .map_err(StorageError::Io)?;
+        Database::builder()
+            .set_cache_size(CACHE_BYTES)
+            .create_file(file)
+    };
     // redb asserts on some kinds of damage: a store must never take the proxy down.
     std::panic::catch_unwind(open).unwrap_or_else(|_| {
-        let damage = redb::StorageError::Corrupted("it cannot be parsed".to_owned());
+        let damage = StorageError::Corrupted("it cannot be parsed".to_owned());
         Err(DatabaseError::Storage(damage))
     })
 }
 
 fn is_broken(error: &DatabaseError) -> bool {
     match error {
-        DatabaseError::Storage(redb::StorageError::Corrupted(_))
+        DatabaseError::Storage(StorageError::Corrupted(_))
         | DatabaseError::RepairAborted
         | DatabaseError::UpgradeRequired(_) => true,
-        DatabaseError::Storage(redb::StorageError::Io(error)) => matches!(
+        DatabaseError::Storage(StorageError::Io(error)) => matches!(
             error.kind(),
             io::ErrorKind::InvalidData | io::ErrorKind::UnexpectedEof
         ),
@@ -493,6 +549,7 @@ fn known_file(stored: proto::FileState) -> Option<(FileSignature, Digest)> {
 mod tests {
     use super::*;
     use crate::reapi::Action;
+    use std::sync::atomic::{AtomicBool, Ordering};
 
     fn parent(root: &str, actions: usize, seen: i64) -> Parent {
         let mut parent = Parent::new(ParentIdentity {
@@ -654,5 +711,69 @@ mod tests {
             let _ = store.save(&parent("/q", 3, 2), &[]);
         }
         assert!(lost > 10, "the damage was none: {lost}");
+    }
+
+    /// A disk in memory, which can be full.
+    #[derive(Clone, Debug, Default)]
+    struct Disk {
+        content: Arc<parking_lot::Mutex<Vec<u8>>>,
+        full: Arc<AtomicBool>,
+    }
+
+    impl Disk {
+        fn room(&self) -> io::Result<()> {
+            match self.full.load(Ordering::Relaxed) {
+                true => Err(io::ErrorKind::StorageFull.into()),
+                false => Ok(()),
+            }
+        }
+    }
+
+    impl redb::StorageBackend for Disk {
+        fn len(&self) -> io::Result<u64> {
+            Ok(self.content.lock().len() as u64)
+        }
+
+        fn read(&self, offset: u64, out: &mut [u8]) -> io::Result<()> {
+            let offset = offset as usize;
+            out.copy_from_slice(&self.content.lock()[offset..offset + out.len()]);
+            Ok(())
+        }
+
+        fn set_len(&self, length: u64) -> io::Result<()> {
+            self.room()?;
+            self.content.lock().resize(length as usize, 0);
+            Ok(())
+        }
+
+        fn sync_data(&self) -> io::Result<()> {
+            self.room()
+        }
+
+        fn write(&self, offset: u64, data: &[u8]) -> io::Result<()> {
+            self.room()?;
+            let offset = offset as usize;
+            self.content.lock()[offset..offset + data.len()].copy_from_slice(data);
+            Ok(())
+        }
+    }
+
+    #[test]
+    fn after_a_full_disk_the_store_has_what_was_saved_and_saves_again() {
+        let disk = Disk::default();
+        let of_store = disk.clone();
+        let open = move || Database::builder().create_with_backend(of_store.clone());
+        let store = Store::new(open().unwrap(), Box::new(open));
+        let earlier = parent("/earlier", 3, 1);
+        let later = parent("/later", 300, 2);
+        store.save(&earlier, &[]).unwrap();
+        disk.full.store(true, Ordering::Relaxed);
+        assert!(store.save(&later, &[]).is_err());
+        disk.full.store(false, Ordering::Relaxed);
+        let kept = store.load(earlier.identity.weak_key()).unwrap();
+        assert_same(&kept.unwrap(), &earlier);
+        store.save(&later, &[]).unwrap();
+        let saved = store.load(later.identity.weak_key()).unwrap();
+        assert_same(&saved.unwrap(), &later);
     }
 }
