@@ -20,7 +20,7 @@ pub enum Mode {
     SourceArtifact,
     /// Also follow the outputs of other actions of the same parent.
     IntraElement,
-    /// Also follow the outputs of other parents' actions.
+    /// Follow everything that primed can follow.
     #[default]
     Full,
 }

@@ -104,6 +104,13 @@ impl Caller {
         }
     }
 
+    /// Whether what is recorded of `parent` is about the workspace that this client works on.
+    pub fn works_on(&self, parent: &ParentIdentity) -> bool {
+        self.project_root.is_some()
+            && self.project_root == parent.project_root
+            && self.uid == parent.uid
+    }
+
     /// The parent that calls of this client under `instance` belong to.
     pub fn parent(&self, instance: &Arc<str>) -> ParentIdentity {
         ParentIdentity {
@@ -319,6 +326,31 @@ mod tests {
         assert_eq!((caller.uid, caller.project_root), (None, None));
         let silent = Caller::identify(&peer, RequestMetadata::default(), "here");
         assert_eq!(silent.key, BuildKey::Connection(peer.id()));
+    }
+
+    #[test]
+    fn the_workspace_decides_what_is_primed_and_not_the_name_of_the_tool() {
+        let peer = tcp_peer("127.0.0.1:4000");
+        let id = format!("here:{}", std::process::id());
+        let caller = Caller::identify(&peer, invoked_as(&id), "here");
+        let parent = caller.parent(&"".into());
+        assert!(caller.works_on(&parent));
+        let by_another_tool = ParentIdentity {
+            tool: "another".to_owned(),
+            ..parent.clone()
+        };
+        assert!(caller.works_on(&by_another_tool));
+        assert_eq!(by_another_tool.weak_key(), parent.weak_key());
+        let elsewhere = ParentIdentity {
+            project_root: Some("/elsewhere".into()),
+            ..parent.clone()
+        };
+        assert!(!caller.works_on(&elsewhere));
+        let of_another_user = ParentIdentity {
+            uid: Some(u32::MAX),
+            ..parent
+        };
+        assert!(!caller.works_on(&of_another_user));
     }
 
     #[test]

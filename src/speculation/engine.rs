@@ -287,15 +287,9 @@ impl State {
         if let BuildKey::Process(process) = &caller.key {
             self.watch(process, &caller.key);
         }
-        let is_known = |identity: &&ParentIdentity| {
-            caller.project_root.is_some() && caller.parent(&identity.instance) == **identity
-        };
-        let known: Vec<WeakKey> = self
-            .parents
-            .values()
-            .filter(is_known)
-            .map(ParentIdentity::weak_key)
-            .collect();
+        let known = self.parents.iter();
+        let known = known.filter(|(_, identity)| caller.works_on(identity));
+        let known: Vec<WeakKey> = known.map(|(key, _)| *key).collect();
         for key in known {
             let workshop = &self.workshop;
             self.primings
@@ -437,18 +431,11 @@ impl State {
             .into_iter()
             .map(|instance| (instance.clone(), build.caller.parent(&instance)))
             .collect();
-        let in_use: HashSet<WeakKey> = self
-            .primings
-            .keys()
-            .filter(|key| {
-                self.parents.get(key).is_some_and(|identity| {
-                    let same = |build: &Build| build.caller.parent(&identity.instance) == *identity;
-                    self.open.values().any(same)
-                })
-            })
-            .copied()
-            .collect();
-        self.primings.retain(|key, _| in_use.contains(key));
+        let (known, open) = (&self.parents, &self.open);
+        self.primings.retain(|key, _| {
+            let identity = known.get(key);
+            identity.is_some_and(|identity| open.values().any(|b| b.caller.works_on(identity)))
+        });
         if self.mode.records() && !subactions.is_empty() {
             let activity = self.workshop.activities.begin();
             let ended = Ended {
