@@ -167,10 +167,7 @@ mod tests {
         let command = Cli::command();
         command.clone().debug_assert();
         for sub in command.get_subcommands() {
-            for argument in sub
-                .get_arguments()
-                .filter(|argument| argument.get_id() != "json")
-            {
+            for argument in sub.get_arguments() {
                 let flag = argument.get_long().unwrap();
                 let variable = format!("PRIMED_{}", flag.replace('-', "_").to_uppercase());
                 assert_eq!(

@@ -12,7 +12,7 @@ use crate::server::STATUS_PATH;
 #[derive(Debug, Args)]
 pub struct Arguments {
     /// Print one JSON object.
-    #[arg(long)]
+    #[arg(long, env = "PRIMED_JSON", value_parser = clap::builder::FalseyValueParser::new())]
     json: bool,
     #[command(flatten)]
     admin: AdminAddress,

@@ -10,18 +10,15 @@ use http::{Response, request};
 use http_body::Frame;
 use http_body_util::BodyExt;
 use hyper::body::Incoming;
-use prost::Message;
 use tokio::sync::{mpsc, watch};
 use tonic::Code;
 
 use super::body::{RequestBody, ResponseBody};
-use super::lookup::is_sha256;
 use super::tap::{Observed, Tap};
-use super::{MAX_OBSERVED_REQUEST, Proxy, grpc, origin, response};
-use crate::cas::Digest;
+use super::{Asked, MAX_OBSERVED_REQUEST, Proxy, about, asked, grpc, origin, response};
 use crate::reapi::ExecuteRequest;
 use crate::speculation::Engine;
-use crate::speculation::flights::{Ending, FlightKey, Stage};
+use crate::speculation::flights::{Ending, Stage};
 use crate::speculation::observation::{Answer, Call};
 use crate::task;
 use crate::workspace::peer::Peer;
@@ -40,7 +37,13 @@ pub async fn call(
 ) -> Response<ResponseBody> {
     let began = Instant::now();
     let (message, body) = RequestBody::read_first_message(body, MAX_OBSERVED_REQUEST).await;
-    let Some(key) = message.and_then(key_of) else {
+    let Asked::About(key) = asked(peer, METHOD, message, |request: ExecuteRequest| {
+        if request.skip_cache_lookup {
+            return Some(Asked::LeftAlone);
+        }
+        let function = request.digest_function;
+        about(request.instance_name, request.action_digest, function)
+    }) else {
         return proxy.forward(parts, body).await;
     };
     let mut call = Call {
@@ -200,16 +203,4 @@ impl Relay {
     async fn send(&self, frame: Frame<Bytes>) {
         let _ = self.frames.send(frame).await;
     }
-}
-
-/// The action that a request names, if primed may treat it.
-fn key_of(message: Bytes) -> Option<FlightKey> {
-    let request = ExecuteRequest::decode(message).ok()?;
-    if request.skip_cache_lookup || !is_sha256(request.digest_function) {
-        return None;
-    }
-    Some(FlightKey {
-        instance: request.instance_name.into(),
-        action: Digest::try_from(request.action_digest.as_ref()?).ok()?,
-    })
 }

@@ -7,14 +7,14 @@ use std::time::{Duration, Instant};
 
 use http::{Response, request};
 use hyper::body::Incoming;
-use prost::Message;
 use tonic::Code;
 
 use super::body::{RequestBody, ResponseBody};
 use super::tap::{Observed, Tap};
-use super::{MAX_OBSERVED_REQUEST, Proxy, again, grpc, hold_until, origin, response};
-use crate::cas::Digest;
-use crate::reapi::{GetActionResultRequest, digest_function};
+use super::{
+    Asked, MAX_OBSERVED_REQUEST, Proxy, about, again, asked, grpc, hold_until, origin, response,
+};
+use crate::reapi::GetActionResultRequest;
 use crate::speculation::Engine;
 use crate::speculation::flights::{Ending, FlightKey, ending};
 use crate::speculation::observation::{Answer, Call};
@@ -34,7 +34,10 @@ pub async fn call(
 ) -> Response<ResponseBody> {
     let began = Instant::now();
     let (message, mut body) = RequestBody::read_first_message(body, MAX_OBSERVED_REQUEST).await;
-    let Some(key) = message.and_then(key_of) else {
+    let Asked::About(key) = asked(peer, METHOD, message, |request: GetActionResultRequest| {
+        let function = request.digest_function;
+        about(request.instance_name, request.action_digest, function)
+    }) else {
         return proxy.forward(parts, body).await;
     };
     let deadline = hold_until(began, &parts.headers);
@@ -45,7 +48,7 @@ pub async fn call(
         joined: None,
         answer: Answer::default(),
     };
-    let mut asked = false;
+    let mut questioned = false;
     loop {
         match wait_for_flight(engine, &call.key, deadline).await {
             Some(Ending::Succeeded(_)) => call.joined = Some(began.elapsed()),
@@ -60,8 +63,8 @@ pub async fn call(
         let mut response = proxy.forward(again(&parts), body).await;
         let not_found = status_so_far(&mut response).await == Some(Code::NotFound as u32);
         match later {
-            Some(later) if not_found && !asked && Instant::now() < deadline => {
-                asked = true;
+            Some(later) if not_found && !questioned && Instant::now() < deadline => {
+                questioned = true;
                 let patience = deadline.min(Instant::now() + MAX_QUESTION);
                 engine
                     .ask(call.origin.clone(), call.key.clone(), patience)
@@ -75,22 +78,6 @@ pub async fn call(
         }
         return observed(engine, call, response);
     }
-}
-
-/// The action that a request asks for, if primed can name it.
-fn key_of(message: bytes::Bytes) -> Option<FlightKey> {
-    let request = GetActionResultRequest::decode(message).ok()?;
-    is_sha256(request.digest_function).then_some(())?;
-    Some(FlightKey {
-        instance: request.instance_name.into(),
-        action: Digest::try_from(request.action_digest.as_ref()?).ok()?,
-    })
-}
-
-/// Whether a request's `digest_function` is SHA-256, named or implied by the length of the hash.
-pub fn is_sha256(digest_function: i32) -> bool {
-    digest_function == digest_function::Value::Unknown as i32
-        || digest_function == digest_function::Value::Sha256 as i32
 }
 
 /// Waits for the flight of `key`, if there is one, but not past `deadline`.

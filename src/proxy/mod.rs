@@ -12,15 +12,20 @@ mod tap;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use bytes::Bytes;
 use http::uri::{Authority, Scheme, Uri};
 use http::{HeaderMap, Request, Response, request};
 use hyper::body::Incoming;
+use prost::Message;
 use tonic::Code;
 
 use crate::address::Address;
 use crate::backend::http2::{Http2Pool, SendError, UpstreamHealth};
 use crate::backend::remote::REQUEST_METADATA_KEY;
+use crate::cas::Digest;
+use crate::reapi::{self, digest_function};
 use crate::speculation::Engine;
+use crate::speculation::flights::FlightKey;
 use crate::speculation::observation::{CallOrigin, Observation};
 use crate::workspace::peer::Peer;
 
@@ -110,6 +115,51 @@ fn origin(peer: &Arc<Peer>, headers: &HeaderMap) -> CallOrigin {
         peer: peer.clone(),
         metadata: headers.get(REQUEST_METADATA_KEY).cloned(),
     }
+}
+
+/// What a method that is observed is asked to do.
+enum Asked {
+    /// Something about this action.
+    About(FlightKey),
+    /// Something that primed leaves alone: `skip_cache_lookup`, or another digest function.
+    LeftAlone,
+}
+
+/// Reads the message of an observed request. One that cannot be read is the upstream's to judge.
+fn asked<M: Message + Default>(
+    peer: &Peer,
+    method: &'static str,
+    message: Option<Bytes>,
+    read: impl FnOnce(M) -> Option<Asked>,
+) -> Asked {
+    let asked = message
+        .and_then(|message| M::decode(message).ok())
+        .and_then(read);
+    asked.unwrap_or_else(|| {
+        if peer.is_first_complaint() {
+            tracing::warn!(
+                client = %peer.origin(), method,
+                "a request is malformed, compressed or very long; it is forwarded unobserved"
+            );
+        }
+        Asked::LeftAlone
+    })
+}
+
+/// The asked-for action under its instance; `None` if the digest is malformed. Only SHA-256, named
+/// or not, is primed's business.
+fn about(instance: String, digest: Option<reapi::Digest>, digest_function: i32) -> Option<Asked> {
+    let (unknown, sha256) = (
+        digest_function::Value::Unknown as i32,
+        digest_function::Value::Sha256 as i32,
+    );
+    if digest_function != unknown && digest_function != sha256 {
+        return Some(Asked::LeftAlone);
+    }
+    Some(Asked::About(FlightKey {
+        instance: instance.into(),
+        action: Digest::try_from(&digest?).ok()?,
+    }))
 }
 
 /// Until when a call that began at `began` may be held: well within the client's own deadline.

@@ -41,6 +41,8 @@ const REMEMBERED_BUILDS: usize = 100;
 const MAX_SUBACTIONS: usize = 200_000;
 /// A client below no build tool has ended its build when it was silent for this long.
 const QUIET_TIME: Duration = Duration::from_secs(10);
+/// Connections whose clients are remembered; those forgotten are identified again.
+const MAX_CONNECTIONS: usize = 100_000;
 /// Invocations of one connection that are remembered.
 const MAX_INVOCATIONS: usize = 1000;
 /// Messages between the engine and its tasks that may wait.
@@ -94,7 +96,7 @@ pub struct Runner {
 pub fn engine(parts: EngineParts) -> (Engine, mpsc::Sender<Request>, Runner) {
     let (observed, observations) = mpsc::channel(OBSERVATIONS);
     let (asked, requests) = mpsc::channel(NOTES);
-    let (ended, endings) = mpsc::channel(NOTES);
+    let (recorder, to_record) = mpsc::channel(NOTES);
     let (records, recorded) = mpsc::channel(NOTES);
     let (primed, primings) = mpsc::channel(NOTES);
     let (exited, exits) = mpsc::channel(NOTES);
@@ -124,7 +126,7 @@ pub fn engine(parts: EngineParts) -> (Engine, mpsc::Sender<Request>, Runner) {
     );
     task::spawn(
         "recorder",
-        recorder::run(workshop.clone(), parts.mode, endings, records),
+        recorder::run(workshop.clone(), parts.mode, to_record, records),
     );
     let mut parents: HashMap<WeakKey, ParentIdentity> = HashMap::new();
     match parts.store.parents() {
@@ -157,7 +159,7 @@ pub fn engine(parts: EngineParts) -> (Engine, mpsc::Sender<Request>, Runner) {
             closed: VecDeque::new(),
             primings: HashMap::new(),
             waiting: Vec::new(),
-            ended,
+            recorder,
             exited,
             builds: 0,
             dropped,
@@ -182,7 +184,7 @@ struct State {
     primings: HashMap<WeakKey, Priming>,
     /// Those who wait for quiet.
     waiting: Vec<oneshot::Sender<()>>,
-    ended: mpsc::Sender<Ended>,
+    recorder: mpsc::Sender<recorder::Message>,
     exited: mpsc::Sender<BuildKey>,
     builds: u64,
     /// Observations that were dropped, and how many of them the log knows of.
@@ -253,6 +255,9 @@ impl State {
     /// The build that a call belongs to. If it is a new one, it is primed.
     fn build_of(&mut self, origin: &CallOrigin) -> &mut Build {
         let metadata = origin.request_metadata();
+        if self.callers.len() > MAX_CONNECTIONS {
+            self.callers.clear();
+        }
         let known = self.callers.entry(origin.peer.id()).or_default();
         if known.len() > MAX_INVOCATIONS {
             known.clear();
@@ -335,17 +340,13 @@ impl State {
     }
 
     fn execution(&mut self, call: Call) {
-        let result = call
-            .answer
-            .last_message::<Operation>()
-            .filter(|operation| operation.done)
-            .and_then(|operation| match operation.result {
-                Some(operation::Result::Response(any)) => {
-                    prost::Message::decode(any.value.as_ref()).ok()
-                }
-                _ => None,
-            })
-            .and_then(|response: ExecuteResponse| response.result);
+        let result = match executed(&call) {
+            Ok(result) => Some(result),
+            Err(reason) => {
+                tracing::info!(action = %call.key.action, reason, "an execution ended without a result");
+                None
+            }
+        };
         if call.joined.is_none() {
             self.build_of(&call.origin)
                 .count(&call.key, Asked::Missed, Duration::ZERO);
@@ -438,12 +439,12 @@ impl State {
         });
         if self.mode.records() && !subactions.is_empty() {
             let activity = self.workshop.activities.begin();
-            let ended = Ended {
+            let ended = recorder::Message::Ended(Ended {
                 parents,
                 subactions,
                 activity,
-            };
-            if self.ended.try_send(ended).is_err() {
+            });
+            if self.recorder.try_send(ended).is_err() {
                 tracing::warn!("a build was not recorded: too many wait to be");
             }
         }
@@ -509,7 +510,8 @@ impl State {
                 for key in open {
                     self.close(&key);
                 }
-                self.waiting.push(reply);
+                // Dropping the reply answers it: nothing more will be recorded.
+                let _ = self.recorder.try_send(recorder::Message::Flush(reply));
             }
         }
     }
@@ -537,6 +539,7 @@ impl State {
     }
 
     fn answer_waiting(&mut self) {
+        self.waiting.retain(|reply| !reply.is_closed());
         let counts = self.workshop.flights.counts();
         let quiet = self.open.is_empty()
             && self.workshop.activities.is_quiet()
@@ -547,4 +550,28 @@ impl State {
             }
         }
     }
+}
+
+/// The result at the end of an `Execute`, or what was said in its place.
+fn executed(call: &Call) -> Result<ActionResult, String> {
+    if call.answer.status != Some(tonic::Code::Ok as u32) {
+        let status = call.answer.status.map_or(tonic::Code::Unknown, |status| {
+            tonic::Code::from_i32(i32::try_from(status).unwrap_or(i32::MAX))
+        });
+        return Err(format!("{status:?}"));
+    }
+    let operation: Operation = call.answer.last_message().ok_or("no operation was sent")?;
+    let response = match operation.result {
+        Some(operation::Result::Response(any)) => any,
+        Some(operation::Result::Error(status)) => return Err(status.message),
+        None => return Err("the operation was not done".to_owned()),
+    };
+    let response: ExecuteResponse =
+        prost::Message::decode(response.value.as_ref()).map_err(|error| error.to_string())?;
+    let status = response.status.unwrap_or_default();
+    let code = tonic::Code::from_i32(status.code);
+    response
+        .result
+        .filter(|_| code == tonic::Code::Ok)
+        .ok_or_else(|| format!("{code:?}: {}", status.message))
 }

@@ -84,3 +84,86 @@ impl Engine {
         let _ = tokio::time::timeout_at(deadline.into(), answered).await;
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::cas::Digest;
+    use crate::workspace::peer::{Peer, PeerOrigin};
+    use std::time::Duration;
+
+    /// A handle on an engine that takes nothing in, with room for one observation.
+    fn stuck() -> (Engine, mpsc::Receiver<Observation>) {
+        let (observations, unread) = mpsc::channel(1);
+        let engine = Engine {
+            observations,
+            flights: Flights::new(1),
+            dropped: Arc::default(),
+            memory: Arc::new(Semaphore::new(2)),
+        };
+        (engine, unread)
+    }
+
+    fn question() -> (CallOrigin, FlightKey) {
+        let peer = Arc::new(Peer::new(PeerOrigin::Local { pid: None, uid: 0 }));
+        let origin = CallOrigin {
+            peer,
+            metadata: None,
+        };
+        let action = Digest::of(b"action");
+        (
+            origin,
+            FlightKey {
+                instance: "".into(),
+                action,
+            },
+        )
+    }
+
+    #[test]
+    fn what_a_full_queue_cannot_take_is_dropped_and_counted() {
+        let (engine, _unread) = stuck();
+        for _ in 0..4 {
+            engine.observe(Observation::Disconnected(1));
+        }
+        assert_eq!(engine.dropped.load(Ordering::Relaxed), 3);
+    }
+
+    #[test]
+    fn taps_hold_no_more_than_their_memory() {
+        let (engine, _unread) = stuck();
+        let first = engine.room_for(1500);
+        assert!(first.is_some());
+        assert!(engine.room_for(1).is_none());
+        drop(first);
+        assert!(engine.room_for(1).is_some());
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_question_is_over_at_its_deadline_and_when_nobody_can_answer() {
+        let (engine, unread) = stuck();
+        let (origin, key) = question();
+        let began = tokio::time::Instant::now();
+        let deadline = began + Duration::from_secs(2);
+        engine
+            .ask(origin.clone(), key.clone(), deadline.into())
+            .await;
+        assert_eq!(
+            began.elapsed(),
+            Duration::from_secs(2),
+            "the engine is stuck"
+        );
+        engine
+            .ask(origin.clone(), key.clone(), deadline.into())
+            .await;
+        assert_eq!(
+            engine.dropped.load(Ordering::Relaxed),
+            1,
+            "its queue is full"
+        );
+        drop(unread);
+        let later = began + Duration::from_secs(60);
+        engine.ask(origin, key, later.into()).await;
+        assert_eq!(began.elapsed(), Duration::from_secs(2), "it is gone");
+    }
+}

@@ -376,9 +376,20 @@ impl Worker {
     }
 
     fn report_unadaptable(&mut self) {
-        for (action, reason) in self.plan.iter_mut().flat_map(Plan::take_unadaptable) {
-            self.workshop.unadaptable.fetch_add(1, Ordering::Relaxed);
+        let Some(plan) = &mut self.plan else {
+            return;
+        };
+        let unadaptable = plan.take_unadaptable();
+        for (action, reason) in &unadaptable {
             tracing::debug!(%action, %reason, "a recorded action cannot be adapted");
+        }
+        if let Some((_, reason)) = unadaptable.first() {
+            let actions = unadaptable.len() as u64;
+            self.workshop
+                .unadaptable
+                .fetch_add(actions, Ordering::Relaxed);
+            let parent = plan.parent().identity.label();
+            tracing::info!(parent, actions, example = %reason, "recorded actions cannot be adapted");
         }
     }
 

@@ -4,7 +4,7 @@
 use std::collections::HashMap;
 use std::sync::Arc;
 
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, oneshot};
 
 use super::activity::Activity;
 use super::flights::FlightKey;
@@ -14,6 +14,14 @@ use super::record::{Subaction, record};
 use super::workshop::Workshop;
 use crate::config::Mode;
 use crate::task;
+
+/// What the recorder is told.
+pub enum Message {
+    /// A build has ended.
+    Ended(Ended),
+    /// Answered when all that came before it is recorded.
+    Flush(oneshot::Sender<()>),
+}
 
 /// A build that has ended.
 pub struct Ended {
@@ -39,10 +47,18 @@ pub struct Recorded {
 pub async fn run(
     workshop: Workshop,
     mode: Mode,
-    mut ended: mpsc::Receiver<Ended>,
+    mut messages: mpsc::Receiver<Message>,
     recorded: mpsc::Sender<Recorded>,
 ) {
-    while let Some(build) = ended.recv().await {
+    while let Some(message) = messages.recv().await {
+        let build = match message {
+            Message::Ended(build) => build,
+            Message::Flush(reply) => {
+                // Whoever asked may have gone.
+                let _ = reply.send(());
+                continue;
+            }
+        };
         let mut by_instance: HashMap<Arc<str>, Vec<Subaction>> = HashMap::new();
         for (key, subaction) in build.subactions {
             by_instance.entry(key.instance).or_default().push(subaction);

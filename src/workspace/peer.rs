@@ -1,13 +1,15 @@
 //! Who is at the other end of a connection.
 
+use std::fmt;
 use std::net::SocketAddr;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 /// A connected client.
 #[derive(Debug)]
 pub struct Peer {
     id: u64,
     origin: PeerOrigin,
+    complained: AtomicBool,
 }
 
 /// How a client came in.
@@ -24,6 +26,19 @@ pub enum PeerOrigin {
     Tcp(SocketAddr),
 }
 
+impl fmt::Display for PeerOrigin {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            PeerOrigin::Local {
+                pid: Some(pid),
+                uid,
+            } => write!(f, "process {pid} of user {uid}"),
+            PeerOrigin::Local { pid: None, uid } => write!(f, "a process of user {uid}"),
+            PeerOrigin::Tcp(address) => write!(f, "{address}"),
+        }
+    }
+}
+
 static NEXT_ID: AtomicU64 = AtomicU64::new(1);
 
 impl Peer {
@@ -32,7 +47,13 @@ impl Peer {
         Peer {
             id: NEXT_ID.fetch_add(1, Ordering::Relaxed),
             origin,
+            complained: AtomicBool::new(false),
         }
+    }
+
+    /// True the first time: a client that sends nonsense gets one line in the log, not many.
+    pub fn is_first_complaint(&self) -> bool {
+        !self.complained.swap(true, Ordering::Relaxed)
     }
 
     /// Differs for each connection.

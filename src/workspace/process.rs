@@ -53,6 +53,7 @@ pub struct Process {
     /// The kernel's name of it, up to 15 bytes.
     pub name: String,
     parent: i32,
+    session: i32,
 }
 
 impl PartialEq for Process {
@@ -125,6 +126,10 @@ impl Process {
         BUILD_TOOLS.contains(&self.name.as_str())
     }
 
+    fn is_session_leader(&self) -> bool {
+        self.session == self.pid
+    }
+
     fn is_shell(&self) -> bool {
         SHELLS.contains(&self.name.as_str())
     }
@@ -145,21 +150,22 @@ pub fn name(pid: i32) -> Option<String> {
     Process::find(pid).map(|process| process.name)
 }
 
-/// The process that a build of `client` belongs to: the topmost build tool among it and those
-/// above it, with nothing but build tools and shells between.
+/// The process that a build of `client` belongs to: the nearest build tool at or above it (there
+/// may be wrappers between: `ccache`, `timeout`), and from there the topmost one, with nothing but
+/// build tools and shells between. What lies above the user's login shell is no concern of a build.
 pub fn topmost_build_tool(client: &Process) -> Option<Process> {
-    let mut topmost = client.is_build_tool().then(|| client.clone());
+    let mut topmost = None;
     let mut process = client.clone();
     for _ in 0..MAX_ANCESTORS {
+        if process.is_build_tool() {
+            topmost = Some(process.clone());
+        } else if process.is_session_leader() || topmost.is_some() && !process.is_shell() {
+            break;
+        }
         process = match Process::find(process.parent) {
             Some(above) => above,
             None => break,
         };
-        if process.is_build_tool() {
-            topmost = Some(process.clone());
-        } else if !process.is_shell() {
-            break;
-        }
     }
     topmost
 }
@@ -188,8 +194,9 @@ fn parse_stat(pid: i32, stat: &[u8]) -> Option<Process> {
         pid,
         name: name.to_owned(),
         parent: fields.next()?.parse().ok()?,
-        // Field 22 of the line; the first after the name is field 3.
-        started: fields.nth(17)?.parse().ok()?,
+        session: fields.nth(1)?.parse().ok()?,
+        // Field 22 of the line; the session is field 6.
+        started: fields.nth(15)?.parse().ok()?,
     })
 }
 
@@ -202,7 +209,8 @@ mod tests {
         let stat = b"12 (a ) b) S 7 12 12 0 -1 4194560 1 2 3 4 5 6 7 8 20 0 1 0 4242 9 9";
         let process = parse_stat(12, stat).unwrap();
         assert_eq!(process.name, "a ) b");
-        assert_eq!(process.parent, 7);
+        assert_eq!((process.parent, process.session), (7, 12));
+        assert!(process.is_session_leader());
         assert_eq!(process.started, 4242);
         assert_eq!(parse_stat(12, b"12 (gone) Z 7"), None);
         assert_eq!(parse_stat(12, b""), None);

@@ -152,8 +152,8 @@ fn hundreds_of_streams_on_one_connection_and_a_connection_for_each_call_work() {
     }
 }
 
-/// A casd with primed before it, and a client of each.
-fn with_casd(claim: impl Fn(&mut dyn FnMut(&str, &[u8]) -> Ended)) {
+/// A casd with primed before it, and a client of each. Returns what primed logged.
+fn with_casd(claim: impl Fn(&mut dyn FnMut(&str, &[u8]) -> Ended)) -> String {
     let scratch = scratch();
     let casd = Casd::start(scratch.path(), 1);
     let mut primed = Primed::start(scratch.path(), &casd.address());
@@ -186,11 +186,9 @@ fn with_casd(claim: impl Fn(&mut dyn FnMut(&str, &[u8]) -> Ended)) {
         });
     }
     assert!(primed.daemon.is_running(), "{}", primed.daemon.log());
-    assert!(
-        !primed.daemon.log().contains("panic"),
-        "{}",
-        primed.daemon.log()
-    );
+    let log = primed.daemon.log();
+    assert!(!log.contains("panic"), "{log}");
+    log
 }
 
 #[test]
@@ -239,7 +237,7 @@ fn what_casd_answers_reaches_the_client_as_casd_said_it() {
 
 #[test]
 fn requests_that_are_no_protobuf_get_the_answer_that_casd_gives_them() {
-    with_casd(|call| {
+    let log = with_casd(|call| {
         for method in [GET_ACTION_RESULT, EXECUTE] {
             // A field that is longer than the message; a wire type that does not exist; nothing.
             for request in [&b"\x12\x7fabc"[..], b"\xff\xff\xff", b""] {
@@ -247,6 +245,8 @@ fn requests_that_are_no_protobuf_get_the_answer_that_casd_gives_them() {
             }
         }
     });
+    let complaints = log.matches("a request is malformed").count();
+    assert_eq!(complaints, 2, "one line for each client: {log}");
 }
 
 #[test]

@@ -4,7 +4,7 @@
 use tempfile::TempDir;
 
 use crate::project::{FEW, Project, UNITS};
-use crate::support::{Casd, Counts, Primed, scratch, wait_until};
+use crate::support::{Casd, Counts, Primed, scratch, tool, wait_until};
 
 /// Every compile and the link.
 const ALL: u64 = UNITS as u64 + 2;
@@ -267,6 +267,17 @@ fn other_flags_replace_the_commands_that_were_recorded() {
     let counts = stage.counts();
     stage.assert_primed(counts, 1, ALL - 1);
     assert_eq!(stage.project.run(), sum(2, 1));
+}
+
+#[test]
+fn a_wrapper_between_make_and_recc_changes_nothing() {
+    let stage = Stage::set(&[]);
+    stage.common(2);
+    let wrapped = format!("RECC=timeout 60 {}", tool("recc").display());
+    stage.project.make(&["clean"]);
+    assert!(stage.project.make(&[&wrapped]).status.success());
+    let counts = stage.counts();
+    stage.assert_primed(counts, 1, ALL - 1);
 }
 
 #[test]
