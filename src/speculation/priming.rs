@@ -174,13 +174,10 @@ impl Worker {
             }
             Message::Records(parent) => {
                 self.parent = Some(parent);
-                self.plan = None;
                 self.look_at_workspace().await;
             }
             Message::Observed { action, result } => {
-                if self.plan.as_ref().is_some_and(|plan| plan.awaits(&action)) {
-                    self.complete(action, Some(&result), true).await;
-                }
+                self.complete(action, Some(&result), true).await;
             }
         }
     }
@@ -335,14 +332,14 @@ impl Worker {
         let (Some(plan), Some(parent)) = (&self.plan, &self.parent) else {
             return;
         };
-        let instance = parent.identity.instance.clone();
+        let Some(directory) = plan.working_directory(&action) else {
+            // Of a plan that was superseded.
+            return;
+        };
+        let instance = &parent.identity.instance;
         let outputs = match result {
             Some(result) => {
-                let directory = plan
-                    .working_directory(&action)
-                    .unwrap_or_default()
-                    .to_owned();
-                match output_files(&self.workshop.cas, &instance, &directory, result).await {
+                match output_files(&self.workshop.cas, instance, directory, result).await {
                     Ok(outputs) => Some(outputs),
                     Err(status) => {
                         tracing::debug!(%action, %status, "outputs cannot be read");
