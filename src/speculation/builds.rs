@@ -2,145 +2,13 @@
 //! answered. Counts only; what is recorded is `record`'s business.
 
 use std::collections::HashMap;
-use std::path::PathBuf;
-use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use serde::Serialize;
 
+use super::callers::Caller;
 use super::flights::FlightKey;
-use super::parent::ParentIdentity;
 use super::record::Subaction;
-use crate::reapi::RequestMetadata;
-use crate::workspace::peer::{Peer, PeerOrigin};
-use crate::workspace::process::{self, Process};
-
-/// What makes calls belong together.
-#[derive(Clone, Debug, PartialEq, Eq, Hash)]
-pub enum BuildKey {
-    /// They come from below the same process.
-    Process(Process),
-    /// They carry the same invocation id.
-    Invocation(String),
-    /// They come by the same connection, and nothing else is known of them.
-    Connection(u64),
-}
-
-/// What is known of a client.
-#[derive(Clone, Debug)]
-pub struct Caller {
-    /// The build it belongs to.
-    pub key: BuildKey,
-    /// Whether the build has ended when nothing was heard of it for a while: its process, if there
-    /// is one, is no build tool and may live on.
-    pub ends_by_silence: bool,
-    /// Name of the build tool.
-    pub tool: String,
-    /// Whose process it is, on this machine.
-    pub uid: Option<u32>,
-    /// Where the build tool runs.
-    pub project_root: Option<PathBuf>,
-    /// Where the client itself runs.
-    pub working_directory: Option<PathBuf>,
-    /// The root of the client's file system.
-    pub file_system_root: PathBuf,
-}
-
-impl Caller {
-    /// Finds out who calls. Reads `/proc`, some microseconds for each ancestor.
-    ///
-    /// For local peers the process tree decides. recc says `host:ppid` of itself; where that is
-    /// not the parent of whoever connected, the connection is a proxy's (buildbox-casd's, say),
-    /// and the process that recc named is asked instead.
-    pub fn identify(peer: &Peer, metadata: RequestMetadata, host: &str) -> Self {
-        let named = if peer.is_on_this_machine() {
-            named_process(&metadata, host)
-        } else {
-            None
-        };
-        let (connected, uid) = match peer.origin() {
-            PeerOrigin::Local { pid, uid } => (pid.and_then(Process::find), Some(uid)),
-            PeerOrigin::Tcp(_) => (None, None),
-        };
-        let by_proxy = match (&connected, &named) {
-            (Some(connected), Some(named)) => !connected.is_child_of(named),
-            (None, _) => true,
-            (Some(_), None) => false,
-        };
-        // The client itself, or where that cannot be seen, the process that it works for.
-        let client = if by_proxy {
-            named.clone().or(connected)
-        } else {
-            connected
-        };
-        let build_tool = client.as_ref().and_then(process::topmost_build_tool);
-        let ends_by_silence = build_tool.is_none();
-        let tool = build_tool.or(named);
-        let key = match (&tool, invocation(&metadata)) {
-            (Some(tool), _) => BuildKey::Process(tool.clone()),
-            (None, Some(id)) => BuildKey::Invocation(id),
-            (None, None) => match &client {
-                Some(client) => BuildKey::Process(client.clone()),
-                None => BuildKey::Connection(peer.id()),
-            },
-        };
-        let worker = tool.as_ref().or(client.as_ref());
-        let tool_name = metadata.tool_details.map(|details| details.tool_name);
-        Caller {
-            key,
-            ends_by_silence,
-            tool: worker
-                .map(|process| process.name.clone())
-                .or(tool_name)
-                .filter(|name| !name.is_empty())
-                .unwrap_or_else(|| "unknown".to_owned()),
-            uid: uid.or_else(|| worker.and_then(Process::uid)),
-            project_root: worker.and_then(Process::working_directory),
-            working_directory: client.as_ref().and_then(Process::working_directory),
-            file_system_root: client
-                .as_ref()
-                .and_then(Process::file_system_root)
-                .unwrap_or_else(|| PathBuf::from("/")),
-        }
-    }
-
-    /// Whether what is recorded of `parent` is about the workspace that this client works on.
-    pub fn works_on(&self, parent: &ParentIdentity) -> bool {
-        self.project_root.is_some()
-            && self.project_root == parent.project_root
-            && self.uid == parent.uid
-    }
-
-    /// The parent that calls of this client under `instance` belong to.
-    pub fn parent(&self, instance: &Arc<str>) -> ParentIdentity {
-        ParentIdentity {
-            instance: instance.clone(),
-            uid: self.uid,
-            project_root: self.project_root.clone(),
-            tool: self.tool.clone(),
-        }
-    }
-}
-
-/// The process that recc names by `tool_invocation_id = host:ppid`, if the host is this one.
-fn named_process(metadata: &RequestMetadata, host: &str) -> Option<Process> {
-    let (named, pid) = metadata.tool_invocation_id.rsplit_once(':')?;
-    if named != host {
-        return None;
-    }
-    Process::find(pid.parse().ok()?)
-}
-
-/// What the client says its calls belong together by, if it does.
-pub fn invocation(metadata: &RequestMetadata) -> Option<String> {
-    [
-        &metadata.correlated_invocations_id,
-        &metadata.tool_invocation_id,
-    ]
-    .into_iter()
-    .find(|id| !id.is_empty())
-    .cloned()
-}
 
 /// How the client's question for an action was answered. Section 11 of the design has the words.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -278,6 +146,10 @@ pub struct BuildStatus {
 mod tests {
     use super::*;
     use crate::cas::Digest;
+    use crate::speculation::callers::Callers;
+    use crate::speculation::observation::CallOrigin;
+    use crate::workspace::peer::{Peer, PeerOrigin};
+    use std::sync::Arc;
 
     fn key(name: &str) -> FlightKey {
         FlightKey {
@@ -286,21 +158,13 @@ mod tests {
         }
     }
 
-    fn tcp_peer(address: &str) -> Peer {
-        Peer::new(PeerOrigin::Tcp(address.parse().unwrap()))
-    }
-
-    fn invoked_as(id: &str) -> RequestMetadata {
-        RequestMetadata {
-            tool_invocation_id: id.to_owned(),
-            ..RequestMetadata::default()
-        }
-    }
-
     #[test]
     fn each_action_counts_once_and_a_missed_one_may_still_be_joined() {
-        let peer = tcp_peer("192.0.2.1:4000");
-        let caller = Caller::identify(&peer, invoked_as("ci"), "here");
+        let origin = CallOrigin {
+            peer: Arc::new(Peer::new(PeerOrigin::Local { pid: None, uid: 0 })),
+            metadata: None,
+        };
+        let caller = Callers::new().of(&origin, |_| false);
         let mut build = Build::new(1, caller, 0);
         assert!(!build.has_asked());
         let second = Duration::from_secs(1);
@@ -314,53 +178,5 @@ mod tests {
         assert_eq!((status.asked, status.cached), (3, 0));
         assert_eq!((status.hit, status.joined, status.missed), (1, 1, 1));
         assert_eq!((status.used, status.saved_ms), (2, 2000));
-    }
-
-    #[test]
-    fn a_client_on_another_machine_is_known_by_its_invocation_alone() {
-        let peer = tcp_peer("192.0.2.1:4000");
-        let pid = std::process::id();
-        let caller = Caller::identify(&peer, invoked_as(&format!("here:{pid}")), "here");
-        assert_eq!(caller.key, BuildKey::Invocation(format!("here:{pid}")));
-        assert!(caller.ends_by_silence);
-        assert_eq!((caller.uid, caller.project_root), (None, None));
-        let silent = Caller::identify(&peer, RequestMetadata::default(), "here");
-        assert_eq!(silent.key, BuildKey::Connection(peer.id()));
-    }
-
-    #[test]
-    fn the_workspace_decides_what_is_primed_and_not_the_name_of_the_tool() {
-        let peer = tcp_peer("127.0.0.1:4000");
-        let id = format!("here:{}", std::process::id());
-        let caller = Caller::identify(&peer, invoked_as(&id), "here");
-        let parent = caller.parent(&"".into());
-        assert!(caller.works_on(&parent));
-        let by_another_tool = ParentIdentity {
-            tool: "another".to_owned(),
-            ..parent.clone()
-        };
-        assert!(caller.works_on(&by_another_tool));
-        assert_eq!(by_another_tool.weak_key(), parent.weak_key());
-        let elsewhere = ParentIdentity {
-            project_root: Some("/elsewhere".into()),
-            ..parent.clone()
-        };
-        assert!(!caller.works_on(&elsewhere));
-        let of_another_user = ParentIdentity {
-            uid: Some(u32::MAX),
-            ..parent
-        };
-        assert!(!caller.works_on(&of_another_user));
-    }
-
-    #[test]
-    fn a_process_that_a_local_client_names_is_believed_only_on_this_host() {
-        let peer = tcp_peer("127.0.0.1:4000");
-        let pid = std::process::id();
-        let named = Caller::identify(&peer, invoked_as(&format!("here:{pid}")), "here");
-        assert!(matches!(&named.key, BuildKey::Process(process) if process.pid == pid as i32));
-        assert_eq!(named.project_root, std::env::current_dir().ok());
-        let elsewhere = Caller::identify(&peer, invoked_as(&format!("there:{pid}")), "here");
-        assert_eq!(elsewhere.key, BuildKey::Invocation(format!("there:{pid}")));
     }
 }

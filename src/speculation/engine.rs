@@ -12,7 +12,8 @@ use tokio::sync::{Semaphore, mpsc, oneshot};
 
 use super::activity::Activities;
 pub use super::builds::BuildStatus;
-use super::builds::{Asked, Build, BuildKey, Caller, invocation};
+use super::builds::{Asked, Build};
+use super::callers::{BuildKey, Caller, Callers};
 use super::flights::{FlightKey, Flights};
 use super::observation::{Call, CallOrigin, Observation};
 use super::parent::{ParentIdentity, WeakKey};
@@ -41,10 +42,6 @@ const REMEMBERED_BUILDS: usize = 100;
 const MAX_SUBACTIONS: usize = 200_000;
 /// A client below no build tool has ended its build when it was silent for this long.
 const QUIET_TIME: Duration = Duration::from_secs(10);
-/// Connections whose clients are remembered; those forgotten are identified again.
-const MAX_CONNECTIONS: usize = 100_000;
-/// Invocations of one connection that are remembered.
-const MAX_INVOCATIONS: usize = 1000;
 /// Messages between the engine and its tasks that may wait.
 const NOTES: usize = 1024;
 
@@ -148,13 +145,9 @@ pub fn engine(parts: EngineParts) -> (Engine, mpsc::Sender<Request>, Runner) {
         exits,
         state: State {
             mode: parts.mode,
-            host: rustix::system::uname()
-                .nodename()
-                .to_string_lossy()
-                .into_owned(),
             workshop,
             parents,
-            callers: HashMap::new(),
+            callers: Callers::new(),
             open: HashMap::new(),
             closed: VecDeque::new(),
             primings: HashMap::new(),
@@ -171,13 +164,10 @@ pub fn engine(parts: EngineParts) -> (Engine, mpsc::Sender<Request>, Runner) {
 
 struct State {
     mode: Mode,
-    host: String,
     workshop: Workshop,
     /// All recorded parents.
     parents: HashMap<WeakKey, ParentIdentity>,
-    /// Clients by connection. Behind a proxy (buildbox-casd, say) one connection carries those of
-    /// many builds, told apart by their invocation.
-    callers: HashMap<u64, HashMap<Option<String>, Caller>>,
+    callers: Callers,
     open: HashMap<BuildKey, Build>,
     closed: VecDeque<Build>,
     /// Parents of open builds that are being primed.
@@ -247,31 +237,15 @@ impl State {
                 }
             }
             Observation::Disconnected(peer) => {
-                self.callers.remove(&peer);
+                self.callers.forget_connection(peer);
             }
         }
     }
 
     /// The build that a call belongs to. If it is a new one, it is primed.
     fn build_of(&mut self, origin: &CallOrigin) -> &mut Build {
-        let metadata = origin.request_metadata();
-        if self.callers.len() > MAX_CONNECTIONS {
-            self.callers.clear();
-        }
-        let known = self.callers.entry(origin.peer.id()).or_default();
-        if known.len() > MAX_INVOCATIONS {
-            known.clear();
-        }
-        let invocation = invocation(&metadata);
-        let caller = match known.get(&invocation) {
-            Some(caller) if self.open.contains_key(&caller.key) => caller.clone(),
-            // New; or its build has ended, and its process id may be another's by now.
-            _ => {
-                let caller = Caller::identify(&origin.peer, metadata, &self.host);
-                known.insert(invocation, caller.clone());
-                caller
-            }
-        };
+        let open = &self.open;
+        let caller = self.callers.of(origin, |key| open.contains_key(key));
         if !self.open.contains_key(&caller.key) {
             self.begin(&caller);
         }
@@ -418,6 +392,7 @@ impl State {
         let Some(mut build) = self.open.remove(key) else {
             return;
         };
+        self.callers.forget_build(key);
         tracing::debug!(
             build = build.caller.parent(&"".into()).label(),
             "a build has ended"

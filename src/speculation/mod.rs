@@ -7,6 +7,7 @@
 
 mod activity;
 mod builds;
+mod callers;
 pub mod engine;
 pub mod flights;
 mod generate;

@@ -1,0 +1,300 @@
+//! Who calls: which build a connection's calls belong to, where that build works, and whose
+//! process it is. For local clients the process tree decides.
+
+use std::collections::HashMap;
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use super::observation::CallOrigin;
+use super::parent::ParentIdentity;
+use crate::reapi::RequestMetadata;
+use crate::workspace::peer::{Peer, PeerOrigin};
+use crate::workspace::process::{self, Process};
+
+/// Connections whose clients are remembered; those forgotten are identified again.
+const MAX_CONNECTIONS: usize = 100_000;
+/// Invocations of one connection that are remembered.
+const MAX_INVOCATIONS: usize = 1000;
+
+/// What makes calls belong together.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub enum BuildKey {
+    /// They come from below the same process.
+    Process(Process),
+    /// They carry the same invocation id.
+    Invocation(String),
+    /// They come by the same connection, and nothing else is known of them.
+    Connection(u64),
+}
+
+/// What is known of a client.
+#[derive(Clone, Debug)]
+pub struct Caller {
+    /// The build it belongs to.
+    pub key: BuildKey,
+    /// Whether the build has ended when nothing was heard of it for a while: its process, if there
+    /// is one, is no build tool and may live on.
+    pub ends_by_silence: bool,
+    /// Name of the build tool.
+    pub tool: String,
+    /// Whose process it is, on this machine.
+    pub uid: Option<u32>,
+    /// Where the build tool runs.
+    pub project_root: Option<PathBuf>,
+    /// Where the client itself runs.
+    pub working_directory: Option<PathBuf>,
+    /// The root of the client's file system.
+    pub file_system_root: PathBuf,
+}
+
+impl Caller {
+    /// Finds out who calls. Reads `/proc`, some microseconds for each ancestor.
+    ///
+    /// For local peers the process tree decides. recc says `host:ppid` of itself; where that is
+    /// not the parent of whoever connected, the connection is a proxy's (buildbox-casd's, say),
+    /// and the process that recc named is asked instead.
+    fn identify(peer: &Peer, metadata: RequestMetadata, host: &str) -> Self {
+        let named = if peer.is_on_this_machine() {
+            named_process(&metadata, host)
+        } else {
+            None
+        };
+        let (connected, uid) = match peer.origin() {
+            PeerOrigin::Local { pid, uid } => (pid.and_then(Process::find), Some(uid)),
+            PeerOrigin::Tcp(_) => (None, None),
+        };
+        let by_proxy = match (&connected, &named) {
+            (Some(connected), Some(named)) => !connected.is_child_of(named),
+            (None, _) => true,
+            (Some(_), None) => false,
+        };
+        // The client itself, or where that cannot be seen, the process that it works for.
+        let client = if by_proxy {
+            named.clone().or(connected)
+        } else {
+            connected
+        };
+        let build_tool = client.as_ref().and_then(process::topmost_build_tool);
+        let ends_by_silence = build_tool.is_none();
+        let tool = build_tool.or(named);
+        let key = match (&tool, invocation(&metadata)) {
+            (Some(tool), _) => BuildKey::Process(tool.clone()),
+            (None, Some(id)) => BuildKey::Invocation(id),
+            (None, None) => match &client {
+                Some(client) => BuildKey::Process(client.clone()),
+                None => BuildKey::Connection(peer.id()),
+            },
+        };
+        let worker = tool.as_ref().or(client.as_ref());
+        let tool_name = metadata.tool_details.map(|details| details.tool_name);
+        Caller {
+            key,
+            ends_by_silence,
+            tool: worker
+                .map(|process| process.name.clone())
+                .or(tool_name)
+                .filter(|name| !name.is_empty())
+                .unwrap_or_else(|| "unknown".to_owned()),
+            uid: uid.or_else(|| worker.and_then(Process::uid)),
+            project_root: worker.and_then(Process::working_directory),
+            working_directory: client.as_ref().and_then(Process::working_directory),
+            file_system_root: client
+                .as_ref()
+                .and_then(Process::file_system_root)
+                .unwrap_or_else(|| PathBuf::from("/")),
+        }
+    }
+
+    /// Whether what is recorded of `parent` is about the workspace that this client works on.
+    pub fn works_on(&self, parent: &ParentIdentity) -> bool {
+        self.project_root.is_some()
+            && self.project_root == parent.project_root
+            && self.uid == parent.uid
+    }
+
+    /// The parent that calls of this client under `instance` belong to.
+    pub fn parent(&self, instance: &Arc<str>) -> ParentIdentity {
+        ParentIdentity {
+            instance: instance.clone(),
+            uid: self.uid,
+            project_root: self.project_root.clone(),
+            tool: self.tool.clone(),
+        }
+    }
+}
+
+/// The process that recc names by `tool_invocation_id = host:ppid`, if the host is this one.
+fn named_process(metadata: &RequestMetadata, host: &str) -> Option<Process> {
+    let (named, pid) = metadata.tool_invocation_id.rsplit_once(':')?;
+    if named != host {
+        return None;
+    }
+    Process::find(pid.parse().ok()?)
+}
+
+/// What the client says its calls belong together by, if it does.
+fn invocation(metadata: &RequestMetadata) -> Option<String> {
+    [
+        &metadata.correlated_invocations_id,
+        &metadata.tool_invocation_id,
+    ]
+    .into_iter()
+    .find(|id| !id.is_empty())
+    .cloned()
+}
+
+/// The clients that are known.
+pub struct Callers {
+    host: String,
+    /// Behind a proxy (buildbox-casd, say) one connection carries the clients of many builds, told
+    /// apart by their invocation.
+    by_connection: HashMap<u64, HashMap<Option<String>, Caller>>,
+    /// Clients of open builds on this machine. One that is gone by the time that its call is
+    /// looked at belongs where others of its invocation did.
+    by_invocation: HashMap<String, Caller>,
+}
+
+impl Callers {
+    /// Knows nobody yet.
+    pub fn new() -> Self {
+        let host = rustix::system::uname();
+        Callers {
+            host: host.nodename().to_string_lossy().into_owned(),
+            by_connection: HashMap::new(),
+            by_invocation: HashMap::new(),
+        }
+    }
+
+    /// Who makes a call. `is_open` tells whether a build is still running.
+    pub fn of(&mut self, origin: &CallOrigin, is_open: impl Fn(&BuildKey) -> bool) -> Caller {
+        let metadata = origin.request_metadata();
+        let invocation = invocation(&metadata);
+        if self.by_connection.len() > MAX_CONNECTIONS {
+            self.by_connection.clear();
+        }
+        let known = self.by_connection.entry(origin.peer.id()).or_default();
+        if known.len() > MAX_INVOCATIONS {
+            known.clear();
+        }
+        if let Some(caller) = known.get(&invocation)
+            && is_open(&caller.key)
+        {
+            return caller.clone();
+        }
+        // New; or its build has ended, and its process id may be another's by now.
+        let mut caller = Caller::identify(&origin.peer, metadata, &self.host);
+        if let Some(id) = &invocation
+            && origin.peer.is_on_this_machine()
+        {
+            if matches!(caller.key, BuildKey::Process(_)) {
+                self.by_invocation.insert(id.clone(), caller.clone());
+            } else if let Some(other) = self.by_invocation.get(id) {
+                caller = other.clone();
+            }
+        }
+        known.insert(invocation, caller.clone());
+        caller
+    }
+
+    /// A connection has ended.
+    pub fn forget_connection(&mut self, peer: u64) {
+        self.by_connection.remove(&peer);
+    }
+
+    /// A build has ended.
+    pub fn forget_build(&mut self, key: &BuildKey) {
+        self.by_invocation.retain(|_, caller| caller.key != *key);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use base64::Engine as _;
+    use base64::engine::general_purpose::STANDARD_NO_PAD;
+
+    fn tcp_peer(address: &str) -> Peer {
+        Peer::new(PeerOrigin::Tcp(address.parse().unwrap()))
+    }
+
+    fn invoked_as(id: &str) -> RequestMetadata {
+        RequestMetadata {
+            tool_invocation_id: id.to_owned(),
+            ..RequestMetadata::default()
+        }
+    }
+
+    #[test]
+    fn a_client_on_another_machine_is_known_by_its_invocation_alone() {
+        let peer = tcp_peer("192.0.2.1:4000");
+        let pid = std::process::id();
+        let caller = Caller::identify(&peer, invoked_as(&format!("here:{pid}")), "here");
+        assert_eq!(caller.key, BuildKey::Invocation(format!("here:{pid}")));
+        assert!(caller.ends_by_silence);
+        assert_eq!((caller.uid, caller.project_root), (None, None));
+        let silent = Caller::identify(&peer, RequestMetadata::default(), "here");
+        assert_eq!(silent.key, BuildKey::Connection(peer.id()));
+    }
+
+    #[test]
+    fn the_workspace_decides_what_is_primed_and_not_the_name_of_the_tool() {
+        let peer = tcp_peer("127.0.0.1:4000");
+        let id = format!("here:{}", std::process::id());
+        let caller = Caller::identify(&peer, invoked_as(&id), "here");
+        let parent = caller.parent(&"".into());
+        assert!(caller.works_on(&parent));
+        let by_another_tool = ParentIdentity {
+            tool: "another".to_owned(),
+            ..parent.clone()
+        };
+        assert!(caller.works_on(&by_another_tool));
+        assert_eq!(by_another_tool.weak_key(), parent.weak_key());
+        let elsewhere = ParentIdentity {
+            project_root: Some("/elsewhere".into()),
+            ..parent.clone()
+        };
+        assert!(!caller.works_on(&elsewhere));
+        let of_another_user = ParentIdentity {
+            uid: Some(u32::MAX),
+            ..parent
+        };
+        assert!(!caller.works_on(&of_another_user));
+    }
+
+    #[test]
+    fn a_process_that_a_local_client_names_is_believed_only_on_this_host() {
+        let peer = tcp_peer("127.0.0.1:4000");
+        let pid = std::process::id();
+        let named = Caller::identify(&peer, invoked_as(&format!("here:{pid}")), "here");
+        assert!(matches!(&named.key, BuildKey::Process(process) if process.pid == pid as i32));
+        assert_eq!(named.project_root, std::env::current_dir().ok());
+        let elsewhere = Caller::identify(&peer, invoked_as(&format!("there:{pid}")), "here");
+        assert_eq!(elsewhere.key, BuildKey::Invocation(format!("there:{pid}")));
+    }
+
+    #[test]
+    fn a_client_that_is_gone_belongs_where_others_of_its_invocation_did() {
+        let mut callers = Callers::new();
+        let mut make = std::process::Command::new("cat")
+            .stdin(std::process::Stdio::piped())
+            .spawn()
+            .unwrap();
+        let metadata = invoked_as(&format!("{}:{}", callers.host, make.id()));
+        let header = STANDARD_NO_PAD.encode(prost::Message::encode_to_vec(&metadata));
+        let call = |peer| CallOrigin {
+            peer: Arc::new(peer),
+            metadata: Some(header.parse().unwrap()),
+        };
+        let seen = callers.of(&call(tcp_peer("127.0.0.1:4000")), |_| true);
+        assert!(matches!(&seen.key, BuildKey::Process(process) if process.pid == make.id() as i32));
+        drop(make.stdin.take());
+        make.wait().unwrap();
+        let late = callers.of(&call(tcp_peer("127.0.0.1:4001")), |_| true);
+        assert_eq!(late.key, seen.key);
+        let elsewhere = callers.of(&call(tcp_peer("192.0.2.1:4000")), |_| true);
+        assert!(matches!(elsewhere.key, BuildKey::Invocation(_)));
+        callers.forget_build(&seen.key);
+        let later = callers.of(&call(tcp_peer("127.0.0.1:4002")), |_| true);
+        assert!(matches!(later.key, BuildKey::Invocation(_)));
+    }
+}
