@@ -27,22 +27,22 @@ pub enum Grpcio {
 }
 
 impl Grpcio {
-    /// A command that runs one of the scripts in `tests/it/grpcio`. `$PYTHON` names the interpreter.
+    /// A command that runs one of the scripts in `tests/it/grpcio`.
     pub fn python(self, script: &str) -> Command {
-        let installed = tools().join(match self {
-            Grpcio::Old => "grpcio-old",
-            Grpcio::New => "grpcio-new",
+        let python = tools().join(match self {
+            Grpcio::Old => "grpcio/python-old",
+            Grpcio::New => "grpcio/python-new",
         });
         assert!(
-            installed.exists(),
+            python.exists(),
             "{} is missing: run `scripts/tools grpcio` first",
-            installed.display()
+            python.display()
         );
         let scripts = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/it/grpcio");
-        let mut command = Command::new(std::env::var_os("PYTHON").unwrap_or("python3".into()));
+        let mut command = Command::new(python);
         command
             .arg(scripts.join(script))
-            .env("PYTHONPATH", installed)
+            .env_remove("PYTHONPATH")
             .env("PYTHONDONTWRITEBYTECODE", "1")
             .env_remove("GRPC_VERBOSITY");
         command
