@@ -4,8 +4,8 @@ use std::collections::VecDeque;
 use std::pin::Pin;
 use std::task::{Context, Poll, ready};
 
-use bytes::{Buf, Bytes};
-use http::HeaderMap;
+use bytes::Bytes;
+use http::{HeaderMap, Response};
 use http_body::{Body, Frame, SizeHint};
 use http_body_util::BodyExt;
 use hyper::body::Incoming;
@@ -13,7 +13,7 @@ use tokio::sync::mpsc;
 
 use super::grpc;
 use super::tap::Tap;
-use crate::speculation::observation::FRAME_HEADER;
+use crate::speculation::observation::{FRAME_HEADER, Framed, joined, split_message};
 
 /// A request body on its way to the upstream.
 pub enum RequestBody {
@@ -74,15 +74,10 @@ impl RequestBody {
 }
 
 fn first_message(parts: &[Bytes]) -> Option<Bytes> {
-    let mut read = match parts {
-        [only] => only.clone(),
-        parts => parts.concat().into(),
-    };
-    if read.len() < FRAME_HEADER || read.get_u8() != 0 {
-        return None;
+    match split_message(&mut joined(parts))? {
+        Framed::Plain(message) => Some(message),
+        Framed::Compressed => None,
     }
-    let length = read.get_u32() as usize;
-    (read.len() >= length).then(|| read.slice(..length))
 }
 
 impl Body for RequestBody {
@@ -164,10 +159,18 @@ impl ResponseBody {
         }
     }
 
-    /// Lets `tap` see what passes.
-    pub fn observed_by(mut self, tap: Tap) -> Self {
-        self.tap = Some(tap);
-        self
+    /// Lets `tap` see `response` to its end, which its headers may be already.
+    pub fn observed_by(tap: Tap, response: Response<Self>) -> Response<Self> {
+        match grpc::status(response.headers()) {
+            Some(status) => {
+                tap.end(Some(status));
+                response
+            }
+            None => response.map(|body| ResponseBody {
+                tap: Some(tap),
+                ..body
+            }),
+        }
     }
 
     /// The trailers, if the body consists of nothing else. Takes nothing away.

@@ -49,7 +49,6 @@ pub async fn call(
     let mut call = Call {
         origin: origin(peer, &parts.headers),
         key,
-        began,
         joined: None,
         answer: Answer::default(),
     };
@@ -93,13 +92,7 @@ async fn own_call(
     let guard = engine.flights().client_executes(call.key.clone());
     let response = proxy.forward(own.parts, own.body).await;
     let tap = Tap::new(engine.clone(), Observed::Execution, call).holding(guard);
-    match grpc::status(response.headers()) {
-        Some(status) => {
-            tap.end(Some(status));
-            response
-        }
-        None => response.map(|body| body.observed_by(tap)),
-    }
+    ResponseBody::observed_by(tap, response)
 }
 
 enum FirstWord {

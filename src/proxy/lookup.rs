@@ -44,7 +44,6 @@ pub async fn call(
     let mut call = Call {
         origin: origin(peer, &parts.headers),
         key,
-        began,
         joined: None,
         answer: Answer::default(),
     };
@@ -76,7 +75,8 @@ pub async fn call(
             }
             _ => {}
         }
-        return observed(engine, call, response);
+        let tap = Tap::new(engine.clone(), Observed::Lookup, call);
+        return ResponseBody::observed_by(tap, response);
     }
 }
 
@@ -102,19 +102,4 @@ fn hidden_failure(engine: &Engine, call: Call) -> Response<ResponseBody> {
     let message = format!("no result for action {}", call.key.action);
     Tap::new(engine.clone(), Observed::Lookup, call).end(Some(Code::NotFound as u32));
     response::ended(Code::NotFound, &message)
-}
-
-fn observed(
-    engine: &Engine,
-    call: Call,
-    response: Response<ResponseBody>,
-) -> Response<ResponseBody> {
-    let tap = Tap::new(engine.clone(), Observed::Lookup, call);
-    match grpc::status(response.headers()) {
-        Some(status) => {
-            tap.end(Some(status));
-            response
-        }
-        None => response.map(|body| body.observed_by(tap)),
-    }
 }

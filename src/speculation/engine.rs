@@ -2,7 +2,7 @@
 //! others what to do. It never waits for anybody: what it cannot hand over at once it gives up.
 
 use std::collections::hash_map::Entry;
-use std::collections::{HashMap, HashSet, VecDeque};
+use std::collections::{HashMap, VecDeque};
 use std::panic::AssertUnwindSafe;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -14,7 +14,7 @@ use super::activity::Activities;
 pub use super::builds::BuildStatus;
 use super::builds::{Asked, Build};
 use super::callers::{BuildKey, Caller, Callers};
-use super::flights::{FlightKey, Flights};
+use super::flights::Flights;
 use super::observation::{Call, CallOrigin, Observation};
 use super::parent::{ParentIdentity, WeakKey};
 use super::priming::{Message, Priming};
@@ -399,14 +399,6 @@ impl State {
         );
         build.ended_unix_ms = Some(clock::now_unix_ms());
         let subactions = std::mem::take(&mut build.subactions);
-        let instances: HashSet<Arc<str>> = subactions
-            .keys()
-            .map(|key: &FlightKey| key.instance.clone())
-            .collect();
-        let parents = instances
-            .into_iter()
-            .map(|instance| (instance.clone(), build.caller.parent(&instance)))
-            .collect();
         let (known, open) = (&self.parents, &self.open);
         self.primings.retain(|key, _| {
             let identity = known.get(key);
@@ -414,11 +406,11 @@ impl State {
         });
         if self.mode.records() && !subactions.is_empty() {
             let activity = self.workshop.activities.begin();
-            let ended = recorder::Message::Ended(Ended {
-                parents,
+            let ended = recorder::Message::Ended(Box::new(Ended {
+                caller: build.caller.clone(),
                 subactions,
                 activity,
-            });
+            }));
             if self.recorder.try_send(ended).is_err() {
                 tracing::warn!("a build was not recorded: too many wait to be");
             }

@@ -8,7 +8,7 @@
 
 use std::collections::{BTreeSet, HashMap, VecDeque};
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use bytes::Bytes;
 use moka::sync::Cache;
@@ -80,8 +80,6 @@ impl Urgency {
 pub struct Primed {
     /// How long the backend's worker ran it.
     pub execution: Duration,
-    /// When it was there.
-    pub since: Instant,
     /// The build that used it first.
     pub used_by: Option<u64>,
 }
@@ -374,11 +372,6 @@ impl State {
 }
 
 impl Announcement {
-    /// What was announced.
-    pub fn key(&self) -> &FlightKey {
-        &self.key
-    }
-
     /// Whether it is still to be submitted: it may have been withdrawn.
     pub fn is_current(&self) -> bool {
         self.flights.is_in_flight(&self.key)
@@ -465,12 +458,10 @@ impl Departure {
         match ending {
             Ending::Succeeded(_) => {
                 state.completed += 1;
-                let since = Instant::now();
                 self.flights.primed.insert(
                     self.key.clone(),
                     Primed {
                         execution,
-                        since,
                         used_by: None,
                     },
                 );

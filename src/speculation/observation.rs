@@ -1,7 +1,7 @@
 //! What the proxy's taps tell the engine: raw bytes, decoded here and off the path.
 
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use bytes::{Buf, Bytes};
 use http::HeaderValue;
@@ -62,8 +62,6 @@ pub struct Call {
     pub origin: CallOrigin,
     /// The action it was about.
     pub key: FlightKey,
-    /// When the call began.
-    pub began: Instant,
     /// How long the client waited for a flight that it joined; `None` if it joined none.
     pub joined: Option<Duration>,
     /// What the client was told.
@@ -102,22 +100,48 @@ impl Answer {
 
     /// The last message, decoded. `None` if there is none, or if it is compressed or malformed.
     pub fn last_message<M: Message + Default>(&self) -> Option<M> {
-        let mut body: Bytes = match self.body.as_slice() {
-            [] => return None,
-            [only] => only.clone(),
-            parts => parts.concat().into(),
-        };
+        let mut body = joined(&self.body);
         let mut last = None;
         while body.len() >= FRAME_HEADER {
-            let compressed = body.get_u8() != 0;
-            let length = body.get_u32() as usize;
-            if length > body.len() {
-                return None;
-            }
-            let message = body.split_to(length);
-            last = (!compressed).then_some(message);
+            last = Some(split_message(&mut body)?);
         }
-        M::decode(last?).ok()
+        match last? {
+            Framed::Plain(message) => M::decode(message).ok(),
+            Framed::Compressed => None,
+        }
+    }
+}
+
+/// One gRPC message, out of its frame.
+pub enum Framed {
+    /// As it was encoded.
+    Plain(Bytes),
+    /// Compressed; left alone.
+    Compressed,
+}
+
+/// Takes the first gRPC message off `body`; `None` if it is not there in full.
+pub fn split_message(body: &mut Bytes) -> Option<Framed> {
+    let mut rest = body.clone();
+    let compressed = rest.try_get_u8().ok()? != 0;
+    let length = rest.try_get_u32().ok()? as usize;
+    if length > rest.len() {
+        return None;
+    }
+    let message = rest.split_to(length);
+    *body = rest;
+    Some(if compressed {
+        Framed::Compressed
+    } else {
+        Framed::Plain(message)
+    })
+}
+
+/// Chunks of a body in one piece; copied only if there are several.
+pub fn joined(chunks: &[Bytes]) -> Bytes {
+    match chunks {
+        [only] => only.clone(),
+        chunks => chunks.concat().into(),
     }
 }
 

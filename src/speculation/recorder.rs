@@ -7,6 +7,7 @@ use std::sync::Arc;
 use tokio::sync::{mpsc, oneshot};
 
 use super::activity::Activity;
+use super::callers::Caller;
 use super::flights::FlightKey;
 use super::generate::generate;
 use super::parent::{Parent, ParentIdentity, WeakKey};
@@ -18,15 +19,15 @@ use crate::task;
 /// What the recorder is told.
 pub enum Message {
     /// A build has ended.
-    Ended(Ended),
+    Ended(Box<Ended>),
     /// Answered when all that came before it is recorded.
     Flush(oneshot::Sender<()>),
 }
 
 /// A build that has ended.
 pub struct Ended {
-    /// Of whom, by instance name.
-    pub parents: HashMap<Arc<str>, ParentIdentity>,
+    /// Who ran it.
+    pub caller: Caller,
     /// What it asked for.
     pub subactions: HashMap<FlightKey, Subaction>,
     /// Counts as activity until it is recorded.
@@ -64,12 +65,10 @@ pub async fn run(
             by_instance.entry(key.instance).or_default().push(subaction);
         }
         for (instance, mut subactions) in by_instance {
-            let Some(identity) = build.parents.get(&instance) else {
-                continue;
-            };
+            let identity = build.caller.parent(&instance);
             subactions.sort_by_key(|subaction| subaction.order);
             let label = identity.label();
-            match record_build(&workshop, mode, identity.clone(), &subactions).await {
+            match record_build(&workshop, mode, identity, &subactions).await {
                 Ok((parent, dropped)) => {
                     let activity = build.activity.clone();
                     let message = Recorded {

@@ -296,7 +296,7 @@ impl Store {
             let mut files = Vec::new();
             for entry in table.iter()? {
                 let (path, value) = entry?;
-                let path = PathBuf::from(std::ffi::OsString::from_vec(path.value().to_vec()));
+                let path = path_of(path.value());
                 if let Some(state) = proto::FileState::decode(value.value())
                     .ok()
                     .and_then(known_file)
