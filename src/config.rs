@@ -2,6 +2,7 @@
 
 use std::num::NonZero;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use clap::ValueEnum;
 use serde::Serialize;
@@ -37,6 +38,25 @@ impl Mode {
     }
 }
 
+/// A client that is to be pleased by a change to an answer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Compat {
+    /// Bazel up to 7 speaks version 2.0 of the API and refuses a server whose oldest is newer;
+    /// buildbox-casd says 2.1, and works with 2.0 all the same.
+    Bazel,
+}
+
+/// How long things may take.
+#[derive(Clone, Copy, Debug)]
+pub struct Patience {
+    /// How long a call waits for a connection.
+    pub connect: Duration,
+    /// After how long a silence, on a connection by network with open calls, the upstream is
+    /// asked for a sign of life, and how long it has to give one.
+    pub keep_alive: Duration,
+}
+
 /// Everything that `primed serve` needs to know.
 #[derive(Clone, Debug)]
 pub struct Config {
@@ -52,6 +72,12 @@ pub struct Config {
     pub mode: Mode,
     /// How many speculative actions run at once.
     pub max_speculative: NonZero<usize>,
+    /// How long things may take on the way upstream.
+    pub patience: Patience,
+    /// Calls that a client may have open on one connection.
+    pub max_streams: u32,
+    /// Which client is to be pleased by a change to an answer.
+    pub compat: Option<Compat>,
 }
 
 /// Why the settings cannot be used.

@@ -26,4 +26,5 @@ pub mod config;
 pub mod address;
 pub mod clock;
 pub mod digest;
+pub mod http2;
 pub mod task;

@@ -1,9 +1,13 @@
 //! What primed itself calls upstream: one narrow trait, so that a remote service, an embedded
 //! one and decorators (retries, metrics, faults) are the same thing to their callers.
 
+pub mod connections;
 pub mod dial;
-pub mod http2;
+pub mod exchange;
+pub mod health;
+mod keep_alive;
 pub mod remote;
+pub mod upstream;
 
 use std::pin::Pin;
 

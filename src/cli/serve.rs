@@ -2,14 +2,18 @@
 
 use std::num::NonZero;
 use std::path::PathBuf;
+use std::time::Duration;
 
 use clap::Args;
 use tokio::signal::unix::{SignalKind, signal};
 
 use super::{Failure, block_on, exit_codes};
 use crate::address::Address;
-use crate::config::{Config, Environment, Mode, default_max_speculative};
+use crate::config::{Compat, Config, Environment, Mode, Patience, default_max_speculative};
 use crate::server;
+
+/// The longest time that can be asked for: a day.
+const MAX_SECONDS: Duration = Duration::from_secs(86_400);
 
 /// Forward calls from build clients to a backend, and prime its action cache.
 #[derive(Debug, Args)]
@@ -46,6 +50,38 @@ pub struct Arguments {
     /// How many speculative actions run at once [default: two for each core].
     #[arg(long, env = "PRIMED_MAX_SPECULATIVE", value_name = "N")]
     max_speculative: Option<NonZero<usize>>,
+    /// How long calls wait, in seconds, while the backend cannot be reached; then they end with
+    /// UNAVAILABLE.
+    #[arg(
+        long,
+        env = "PRIMED_CONNECT_WAIT",
+        value_parser = seconds,
+        default_value = "0",
+        value_name = "SECONDS"
+    )]
+    connect_wait: Duration,
+    /// After how many seconds of silence a backend that is connected by network, and has calls
+    /// open, is asked for a sign of life; it is given up after as many more.
+    #[arg(
+        long,
+        env = "PRIMED_KEEP_ALIVE",
+        value_parser = seconds,
+        default_value = "20",
+        value_name = "SECONDS"
+    )]
+    keep_alive: Duration,
+    /// Change the one answer that keeps a client from working: with `bazel`, capabilities that
+    /// begin at a later version 2.x of the API are shown to begin at 2.0.
+    #[arg(long, env = "PRIMED_COMPAT", value_enum, value_name = "CLIENT")]
+    compat: Option<Compat>,
+}
+
+fn seconds(text: &str) -> Result<Duration, String> {
+    let seconds = text.parse().ok().map(Duration::try_from_secs_f64);
+    match seconds {
+        Some(Ok(duration)) if duration <= MAX_SECONDS => Ok(duration),
+        _ => Err("a number of seconds is wanted, up to 86400".to_owned()),
+    }
 }
 
 impl Arguments {
@@ -65,6 +101,12 @@ impl Arguments {
             state_dir,
             mode: self.mode,
             max_speculative: self.max_speculative.unwrap_or_else(default_max_speculative),
+            patience: Patience {
+                connect: self.connect_wait,
+                keep_alive: self.keep_alive,
+            },
+            max_streams: 10_000,
+            compat: self.compat,
         };
         Ok(config.check()?)
     }

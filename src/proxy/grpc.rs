@@ -2,9 +2,10 @@
 
 use bytes::{BufMut, Bytes, BytesMut};
 use http::header::{HeaderMap, HeaderName, HeaderValue};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 use tonic::Code;
 
+use crate::backend::exchange::Answer;
 use crate::speculation::observation::FRAME_HEADER;
 
 const GRPC_STATUS: HeaderName = HeaderName::from_static("grpc-status");
@@ -14,6 +15,15 @@ const GRPC_TIMEOUT: HeaderName = HeaderName::from_static("grpc-timeout");
 /// The gRPC status in headers or trailers, if there is one.
 pub fn status(headers: &HeaderMap) -> Option<u32> {
     headers.get(GRPC_STATUS)?.to_str().ok()?.parse().ok()
+}
+
+/// The status of an answer, as far as it is known before any message.
+pub async fn early_status(answer: &mut Answer) -> Option<u32> {
+    match status(answer.head.headers()) {
+        Some(status) => Some(status),
+        // That an answer broke off is seen again when it is passed on.
+        None => answer.bare_trailers().await.ok().flatten().and_then(status),
+    }
 }
 
 /// How much time the client gives the call, if it says so. (gRPC over HTTP/2, "Timeout".)
@@ -32,6 +42,28 @@ pub fn timeout(headers: &HeaderMap) -> Option<Duration> {
     })
 }
 
+/// Takes the time since `began` off the timeout, if there is one, so that the upstream gives up when
+/// the client does. Less than a millisecond is less than the network takes.
+pub fn deduct_from_timeout(headers: &mut HeaderMap, began: Instant) {
+    if !headers.contains_key(GRPC_TIMEOUT) {
+        return;
+    }
+    let spent = began.elapsed();
+    if spent >= Duration::from_millis(1)
+        && let Some(timeout) = timeout(headers)
+    {
+        let left = timeout.saturating_sub(spent).as_millis().max(1);
+        // At most eight digits.
+        let left = match left {
+            ..=99_999_999 => format!("{left}m"),
+            _ => format!("{}S", (left / 1000).min(99_999_999)),
+        };
+        if let Ok(value) = HeaderValue::try_from(left) {
+            headers.insert(GRPC_TIMEOUT, value);
+        }
+    }
+}
+
 /// Trailers that end a call with `code` and a message for people.
 pub fn trailers(code: Code, message: &str) -> HeaderMap {
     let mut headers = HeaderMap::with_capacity(2);
@@ -42,26 +74,6 @@ pub fn trailers(code: Code, message: &str) -> HeaderMap {
         headers.insert(GRPC_MESSAGE, value);
     }
     headers
-}
-
-/// Trailers for a call whose upstream broke off in the middle.
-pub fn broken_upstream(error: &dyn std::error::Error) -> HeaderMap {
-    let message = format!("primed: the upstream broke off the call ({error}); try again");
-    trailers(Code::Unavailable, &message)
-}
-
-/// The reason of a reset that the upstream sent, if that is what ended a stream.
-pub fn reset_by_upstream(error: &hyper::Error) -> Option<h2::Reason> {
-    let mut cause: Option<&(dyn std::error::Error + 'static)> = Some(error);
-    while let Some(error) = cause {
-        if let Some(error) = error.downcast_ref::<h2::Error>() {
-            return error
-                .reason()
-                .filter(|_| error.is_reset() && error.is_remote());
-        }
-        cause = error.source();
-    }
-    None
 }
 
 /// `message` with the prefix that gRPC puts before each message.

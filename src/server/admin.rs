@@ -19,7 +19,7 @@ use tokio::sync::{mpsc, oneshot};
 use super::ACCEPT_PAUSE;
 use super::listen::Listener;
 use crate::address::Address;
-use crate::backend::http2::{UpstreamHealth, UpstreamState};
+use crate::backend::health::{UpstreamHealth, UpstreamState};
 use crate::speculation::engine::{Request as EngineRequest, Status};
 use crate::speculation::flights::Flights;
 use crate::task;

@@ -3,6 +3,7 @@
 
 mod admin;
 mod authority;
+mod connection;
 mod hpack;
 pub mod listen;
 mod shards;
@@ -15,9 +16,11 @@ use std::time::Duration;
 use tokio::sync::{mpsc, oneshot};
 use tokio_util::task::TaskTracker;
 
-use crate::backend::http2::UpstreamHealth;
+use crate::backend::health::UpstreamHealth;
 use crate::backend::remote::Remote;
+use crate::backend::upstream::Upstream;
 use crate::config::{Config, Mode};
+use crate::proxy::{Capabilities, Proxy};
 use crate::speculation::Engine;
 use crate::speculation::engine::{EngineParts, Request, engine};
 use crate::speculation::flights::Flights;
@@ -60,10 +63,17 @@ pub async fn run(config: Config, shutdown: impl Future<Output = ()>) -> Result<(
     let flights = Flights::new(config.max_speculative.get());
     let engine = match config.mode {
         Mode::None => None,
-        _ => Some(EngineThread::start(&config, flights.clone()).await?),
+        _ => Some(EngineThread::start(&config, health.clone(), flights.clone()).await?),
     };
-    let handle = engine.as_ref().map(|engine| &engine.handle);
-    let shards = Shards::start(&config.upstream, &health, handle, DRAIN)?;
+    let (state_dir, upstream) = (&config.state_dir, &config.upstream);
+    let capabilities = Arc::new(Capabilities::load(state_dir, upstream, config.compat));
+    let proxy = || Proxy {
+        upstream: Upstream::new(upstream.clone(), health.clone(), config.patience),
+        health: health.clone(),
+        capabilities: capabilities.clone(),
+        engine: engine.as_ref().map(|engine| engine.handle.clone()),
+    };
+    let shards = Shards::start(proxy, config.max_streams, DRAIN)?;
     let shards = Arc::new(shards);
 
     let tasks = TaskTracker::new();
@@ -132,7 +142,11 @@ struct EngineThread {
 }
 
 impl EngineThread {
-    async fn start(config: &Config, flights: Arc<Flights>) -> Result<Self, ServerError> {
+    async fn start(
+        config: &Config,
+        health: Arc<UpstreamHealth>,
+        flights: Arc<Flights>,
+    ) -> Result<Self, ServerError> {
         let runtime = tokio::runtime::Builder::new_current_thread()
             .enable_all()
             .build()?;
@@ -143,9 +157,10 @@ impl EngineThread {
             .name("engine".to_owned())
             .spawn(move || {
                 runtime.block_on(async move {
+                    let upstream = Upstream::new(config.upstream, health, config.patience);
                     let (handle, requests, runner) = engine(EngineParts {
                         mode: config.mode,
-                        backend: Arc::new(Remote::new(config.upstream)),
+                        backend: Arc::new(Remote::new(upstream)),
                         flights,
                         store: Arc::new(Store::open(&config.state_dir)),
                     });

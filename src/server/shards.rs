@@ -5,40 +5,24 @@
 use std::io;
 use std::num::NonZero;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
-use hyper::server::conn::http2;
-use hyper::service::service_fn;
-use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use tokio::net::{TcpStream, UnixStream};
 use tokio::sync::{mpsc, watch};
 use tokio_util::either::Either;
 use tokio_util::task::TaskTracker;
 
-use super::authority::AuthorityRewrite;
-use crate::address::Address;
+use super::connection;
 use crate::backend::dial::Stream;
-use crate::backend::http2::{
-    CONNECTION_WINDOW, MAX_FRAME_SIZE, MAX_HEADER_LIST_SIZE, STREAM_WINDOW, UpstreamHealth,
-};
 use crate::proxy::Proxy;
-use crate::speculation::Engine;
 use crate::speculation::observation::Observation;
 use crate::task;
 use crate::workspace::peer::{Peer, PeerOrigin};
 
 /// Connections that may wait for a shard to pick them up.
 const BACKLOG: usize = 1024;
-/// How many streams a client may have open on one connection.
-const MAX_CONCURRENT_STREAMS: u32 = 100_000;
-/// A client that cancels a burst of calls is no attack: h2's own limit (20) closes the connection.
-const MAX_PENDING_RESETS: usize = 10_000;
-/// How long a connection without any call may last after a request to stop. hyper waits for the
-/// client's side of the handshake, and a client that has nothing to say may never send it.
-const SILENT_GRACE: Duration = Duration::from_secs(1);
-
 /// All shards of one server.
 pub struct Shards {
     shards: Vec<Shard>,
@@ -58,26 +42,21 @@ enum Socket {
 }
 
 impl Shards {
-    /// Starts one shard for each core. After a shutdown they drain for at most `grace`.
+    /// Starts one shard for each core, with a proxy each. After a shutdown they drain for at most
+    /// `grace`.
     ///
     /// # Errors
     /// When the system refuses a thread.
-    pub fn start(
-        upstream: &Address,
-        health: &Arc<UpstreamHealth>,
-        engine: Option<&Engine>,
-        grace: Duration,
-    ) -> io::Result<Self> {
+    pub fn start(proxy: impl Fn() -> Proxy, max_streams: u32, grace: Duration) -> io::Result<Self> {
         let (shutdown, _) = watch::channel(false);
         let cores = std::thread::available_parallelism().map_or(1, NonZero::get);
         let shards = (0..cores)
             .map(|index| {
-                let proxy = Proxy::new(upstream.clone(), health.clone(), engine.cloned());
                 let (connections, accepted) = mpsc::channel(BACKLOG);
                 let open = Arc::new(AtomicUsize::new(0));
                 let worker = Worker {
-                    proxy: Arc::new(proxy),
-                    engine: engine.cloned(),
+                    proxy: Arc::new(proxy()),
+                    max_streams,
                     open: open.clone(),
                     shutdown: shutdown.subscribe(),
                     grace,
@@ -129,7 +108,7 @@ impl Shards {
 
 struct Worker {
     proxy: Arc<Proxy>,
-    engine: Option<Engine>,
+    max_streams: u32,
     open: Arc<AtomicUsize>,
     shutdown: watch::Receiver<bool>,
     grace: Duration,
@@ -171,53 +150,24 @@ impl Worker {
     }
 
     fn connection(&self, stream: Stream, peer: Arc<Peer>) -> impl Future<Output = ()> + use<> {
-        let proxy = self.proxy.clone();
-        let engine = self.engine.clone();
+        let id = peer.id();
+        let serving = connection::serve(
+            stream,
+            peer.clone(),
+            self.proxy.clone(),
+            self.max_streams,
+            self.shutdown.clone(),
+        );
+        let engine = self.proxy.engine.clone();
         let open = self.open.clone();
-        let mut shutdown = self.shutdown.clone();
         async move {
-            let fresh = AtomicBool::new(true);
-            let serving = http2::Builder::new(TokioExecutor::new())
-                .timer(TokioTimer::new())
-                .initial_stream_window_size(STREAM_WINDOW)
-                .initial_connection_window_size(CONNECTION_WINDOW)
-                .max_frame_size(MAX_FRAME_SIZE)
-                .max_header_list_size(MAX_HEADER_LIST_SIZE)
-                .max_concurrent_streams(MAX_CONCURRENT_STREAMS)
-                .max_pending_accept_reset_streams(MAX_PENDING_RESETS)
-                .max_local_error_reset_streams(None)
-                .auto_date_header(false)
-                .serve_connection(
-                    TokioIo::new(AuthorityRewrite::new(stream)),
-                    service_fn(|request| {
-                        let proxy = proxy.clone();
-                        let peer = peer.clone();
-                        let first = fresh.swap(false, Ordering::Relaxed);
-                        async move {
-                            Ok::<_, std::convert::Infallible>(
-                                proxy.call(&peer, first, request).await,
-                            )
-                        }
-                    }),
-                );
-            tokio::pin!(serving);
-            let ended = tokio::select! {
-                ended = &mut serving => ended,
-                () = stopped(&mut shutdown) => {
-                    serving.as_mut().graceful_shutdown();
-                    match tokio::time::timeout(SILENT_GRACE, serving.as_mut()).await {
-                        Ok(ended) => ended,
-                        Err(_) if fresh.load(Ordering::Relaxed) => Ok(()),
-                        Err(_) => serving.await,
-                    }
-                }
-            };
-            if let Err(error) = ended {
-                tracing::debug!(peer = peer.id(), %error, "a connection ended with an error");
-            }
+            let ended = serving.await;
             open.fetch_sub(1, Ordering::Relaxed);
-            if let Some(engine) = engine {
-                engine.observe(Observation::Disconnected(peer.id()));
+            if let Some(engine) = &engine {
+                engine.observe(Observation::Disconnected(id));
+            }
+            if let Err(error) = ended {
+                tracing::debug!(client = %peer.origin(), error, "a connection ended with an error");
             }
         }
     }
