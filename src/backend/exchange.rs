@@ -116,6 +116,10 @@ impl Witness for Kept {
 }
 
 /// What came of waiting for an answer.
+#[allow(
+    clippy::large_enum_variant,
+    reason = "it is taken apart at once; a box would cost every call"
+)]
 pub enum Begun {
     /// It has begun.
     Answer(Answer),
