@@ -1,9 +1,15 @@
 //! What primed itself calls upstream: one narrow trait, so that a remote service, an embedded
 //! one and decorators (retries, metrics, faults) are the same thing to their callers.
 
+pub mod credential_helper;
+pub mod credentials;
 pub mod dial;
+pub mod endpoints;
 pub mod http2;
+pub mod instance_rewriter;
+pub mod instances;
 pub mod remote;
+pub mod token_file;
 
 use std::pin::Pin;
 

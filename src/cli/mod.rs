@@ -4,6 +4,7 @@ mod admin_client;
 pub mod exit_codes;
 mod serve;
 mod status;
+mod upstream_arguments;
 mod wait;
 
 use std::process::ExitCode;

@@ -6,6 +6,7 @@ use std::path::PathBuf;
 use clap::Args;
 use tokio::signal::unix::{SignalKind, signal};
 
+use super::upstream_arguments::UpstreamArguments;
 use super::{Failure, block_on, exit_codes};
 use crate::address::Address;
 use crate::config::{Config, Environment, Mode, default_max_speculative};
@@ -46,6 +47,9 @@ pub struct Arguments {
     /// How many speculative actions run at once [default: two for each core].
     #[arg(long, env = "PRIMED_MAX_SPECULATIVE", value_name = "N")]
     max_speculative: Option<NonZero<usize>>,
+    // Its heading holds for all that follow.
+    #[command(flatten)]
+    on_the_way: UpstreamArguments,
 }
 
 impl Arguments {
@@ -59,6 +63,7 @@ impl Arguments {
             .state_dir
             .map_or_else(|| environment.default_state_dir(), Ok)?;
         let config = Config {
+            on_the_way: self.on_the_way.resolve(&self.upstream)?,
             upstream: self.upstream,
             listen,
             admin,
