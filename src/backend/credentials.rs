@@ -47,7 +47,7 @@ pub struct Credentials(Source);
 #[derive(Debug)]
 enum Source {
     Fixed(Arc<HeaderMap>),
-    TokenFile(TokenFile),
+    TokenFile(Box<TokenFile>),
     Helper(Arc<CredentialHelper>),
 }
 
@@ -77,7 +77,7 @@ impl Credentials {
             path: path.clone(),
             error: Arc::new(error),
         })?;
-        Ok(Credentials(Source::TokenFile(file)))
+        Ok(Credentials(Source::TokenFile(Box::new(file))))
     }
 
     /// The headers, if they can be had at once; `None` where `headers` has to be awaited. To be
