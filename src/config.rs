@@ -1,5 +1,7 @@
 //! The settings of `primed serve`: defaults < environment < flags, resolved once into one struct.
 
+pub mod upstream;
+
 use std::num::NonZero;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -7,6 +9,7 @@ use std::time::Duration;
 use clap::ValueEnum;
 use serde::Serialize;
 
+use self::upstream::{UpstreamConfig, UpstreamConfigError};
 use crate::address::{Address, AddressError};
 
 /// What primed records and uses; each mode includes those before it.
@@ -62,6 +65,8 @@ pub struct Patience {
 pub struct Config {
     /// Where calls are forwarded to.
     pub upstream: Address,
+    /// What happens to them on their way.
+    pub on_the_way: UpstreamConfig,
     /// Where clients connect.
     pub listen: Vec<Address>,
     /// Where `primed status` and `primed wait` connect.
@@ -94,9 +99,17 @@ pub enum ConfigError {
     /// A default is no usable address.
     #[error(transparent)]
     Address(#[from] AddressError),
-    /// A listener is the upstream: primed would forward to itself.
-    #[error("primed would forward to itself: {0} is both --listen and --upstream")]
-    Loop(Address),
+    /// A listener is an upstream: primed would forward to itself.
+    #[error("primed would forward to itself: {address} is both --listen and {flag}")]
+    Loop {
+        /// Where it would listen and call.
+        address: Address,
+        /// The flag that names it as an upstream.
+        flag: &'static str,
+    },
+    /// What is to happen to calls on their way contradicts itself.
+    #[error(transparent)]
+    Upstream(#[from] UpstreamConfigError),
 }
 
 /// The variables that defaults are made of.
@@ -174,10 +187,15 @@ impl Config {
     /// # Errors
     /// `ConfigError`, with what is wrong.
     pub fn check(self) -> Result<Self, ConfigError> {
-        match self.listen.iter().find(|listen| **listen == self.upstream) {
-            Some(listen) => Err(ConfigError::Loop(listen.clone())),
-            None => Ok(self),
-        }
+        self.on_the_way.check()?;
+        let looping = std::iter::once(("--upstream", &self.upstream))
+            .chain(self.on_the_way.endpoints())
+            .find(|(_, address)| self.listen.contains(address))
+            .map(|(flag, address)| ConfigError::Loop {
+                address: address.clone(),
+                flag,
+            });
+        looping.map_or(Ok(self), Err)
     }
 }
 

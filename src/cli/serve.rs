@@ -7,6 +7,7 @@ use std::time::Duration;
 use clap::Args;
 use tokio::signal::unix::{SignalKind, signal};
 
+use super::upstream_arguments::UpstreamArguments;
 use super::{Failure, block_on, exit_codes};
 use crate::address::Address;
 use crate::config::{Compat, Config, Environment, Mode, Patience, default_max_speculative};
@@ -74,6 +75,9 @@ pub struct Arguments {
     /// begin at a later version 2.x of the API are shown to begin at 2.0.
     #[arg(long, env = "PRIMED_COMPAT", value_enum, value_name = "CLIENT")]
     compat: Option<Compat>,
+    // Its heading holds for all that follow.
+    #[command(flatten)]
+    on_the_way: UpstreamArguments,
 }
 
 fn seconds(text: &str) -> Result<Duration, String> {
@@ -95,6 +99,7 @@ impl Arguments {
             .state_dir
             .map_or_else(|| environment.default_state_dir(), Ok)?;
         let config = Config {
+            on_the_way: self.on_the_way.resolve(&self.upstream)?,
             upstream: self.upstream,
             listen,
             admin,

@@ -146,7 +146,14 @@ impl Session {
 
     /// Makes a call from its beginning to its end.
     pub fn call(&mut self, method: &str, request: &[u8]) -> Ended {
-        self.tell(&json!({"method": method, "requests": [hex(request)]}));
+        self.call_with(method, request, json!({}))
+    }
+
+    /// The same with more that `session.py` understands.
+    pub fn call_with(&mut self, method: &str, request: &[u8], mut options: Value) -> Ended {
+        options["method"] = method.into();
+        options["requests"] = json!([hex(request)]);
+        self.tell(&options);
         self.ended()
     }
 

@@ -12,4 +12,5 @@ mod protocol;
 mod proxy;
 mod rebuild;
 mod support;
+mod upstreams;
 mod wire;

@@ -127,6 +127,10 @@ pub struct Casd {
 
 impl Casd {
     pub fn start(directory: &Path, jobs: usize) -> Self {
+        Casd::start_with(directory, jobs, &[])
+    }
+
+    pub fn start_with(directory: &Path, jobs: usize, arguments: &[&str]) -> Self {
         let socket = directory.join("casd.sock");
         let mut command = Command::new(tool("buildbox-casd"));
         command
@@ -136,6 +140,7 @@ impl Casd {
                 tool("buildbox-run-hosttools").display()
             ))
             .arg(format!("--jobs={jobs}"))
+            .args(arguments)
             .arg("--bind")
             .arg(format!("unix:{}", socket.display()))
             .arg(directory.join("casd"));

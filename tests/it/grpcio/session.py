@@ -1,7 +1,8 @@
 """Makes one call after another on one channel, as told on stdin.  Usage: session.py TARGET
 
 A line of stdin is a call: {"method": PATH, "requests": [HEX, …], "hold": BOOL}. With `hold` its
-requests do not end before the line `release`. Lines of stdout, as things happen:
+requests do not end before the line `release`; with "metadata": [[KEY, VALUE], …] it has that, and
+with "gzip": true its messages are compressed. Lines of stdout, as things happen:
 {"message": HEX}, then {"code": …, "details": …, "initial": …, "trailing": …, "connected": N},
 where N counts how often the channel has become ready.
 """
@@ -65,7 +66,11 @@ def main():
     threading.Thread(target=read, args=(calls,), daemon=True).start()
     while (call := calls.get()) is not None:
         wanted, release = call
-        call = channel.stream_stream(wanted["method"])(requests(wanted, release), timeout=BOUND)
+        options = {"metadata": [tuple(pair) for pair in wanted.get("metadata", ())]}
+        if wanted.get("gzip"):
+            options["compression"] = grpc.Compression.Gzip
+        method = channel.stream_stream(wanted["method"])
+        call = method(requests(wanted, release), timeout=BOUND, **options)
         try:
             for message in call:
                 say(message=message.hex())
