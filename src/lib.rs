@@ -23,6 +23,9 @@ pub mod reapi;
 
 pub mod config;
 
+pub mod stream;
+pub mod tls;
+
 pub mod address;
 pub mod clock;
 pub mod digest;

@@ -15,7 +15,7 @@ use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use parking_lot::Mutex;
 use serde::Serialize;
 
-use super::dial::dial;
+use super::dial::Dialer;
 use crate::address::Address;
 use crate::task;
 
@@ -104,7 +104,7 @@ pub enum SendError {
 
 /// The connections of one shard to the upstream.
 pub struct Http2Pool<B> {
-    address: Address,
+    dialer: Dialer,
     health: Arc<UpstreamHealth>,
     slots: [Slot<B>; CONNECTIONS],
     next: AtomicUsize,
@@ -121,10 +121,10 @@ where
     B::Data: Send,
     B::Error: Into<Box<dyn std::error::Error + Send + Sync>>,
 {
-    /// A pool that connects to `address` when it is first used.
-    pub fn new(address: Address, health: Arc<UpstreamHealth>) -> Self {
+    /// A pool that dials when it is first used.
+    pub fn new(dialer: Dialer, health: Arc<UpstreamHealth>) -> Self {
         Http2Pool {
-            address,
+            dialer,
             health,
             slots: std::array::from_fn(|_| Slot {
                 sender: Mutex::new(None),
@@ -156,7 +156,7 @@ where
                     _ => {
                         let source = failed.into_error();
                         return Err(SendError::Stream {
-                            address: self.address.clone(),
+                            address: self.dialer.address().clone(),
                             source,
                         });
                     }
@@ -184,17 +184,19 @@ where
                 SendError::Connect { source, .. } => source,
                 SendError::Stream { source, .. } => source,
             };
-            self.health.failed(&self.address, reason);
+            self.health.failed(self.dialer.address(), reason);
         })?;
         *slot.sender.lock() = Some(sender.clone());
         Ok(sender)
     }
 
     async fn connect(&self) -> Result<SendRequest<B>, SendError> {
-        let stream = dial(&self.address)
+        let stream = self
+            .dialer
+            .dial()
             .await
             .map_err(|source| SendError::Connect {
-                address: self.address.clone(),
+                address: self.dialer.address().clone(),
                 source,
             })?;
         let (sender, connection) = Builder::new(TokioExecutor::new())
@@ -207,11 +209,11 @@ where
             .handshake(TokioIo::new(stream))
             .await
             .map_err(|source| SendError::Stream {
-                address: self.address.clone(),
+                address: self.dialer.address().clone(),
                 source,
             })?;
         let health = self.health.clone();
-        let address = self.address.clone();
+        let address = self.dialer.address().clone();
         health.opened(&address);
         task::spawn("upstream connection", async move {
             let ended = connection.await;

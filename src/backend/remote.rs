@@ -16,10 +16,9 @@ use tonic::transport::{Channel, Endpoint};
 use tonic::{Code, Request, Status, async_trait};
 use tonic_prost::ProstEncoder;
 
-use super::dial::dial;
+use super::dial::Dialer;
 use super::http2::{CONNECTION_WINDOW, STREAM_WINDOW};
 use super::{Backend, Operations};
-use crate::address::Address;
 use crate::digest::Digest;
 use crate::reapi::action_cache_client::ActionCacheClient;
 use crate::reapi::capabilities_client::CapabilitiesClient;
@@ -46,11 +45,11 @@ pub struct Remote {
 }
 
 impl Remote {
-    /// A client of `address` that connects when it is first used, on the current runtime.
-    pub fn new(address: Address) -> Self {
+    /// A client that dials when it is first used, on the current runtime.
+    pub fn new(dialer: Dialer) -> Self {
         let connector = tower::service_fn(move |_: Uri| {
-            let address = address.clone();
-            async move { dial(&address).await.map(TokioIo::new) }
+            let dialer = dialer.clone();
+            async move { dialer.dial().await.map(TokioIo::new) }
         });
         let channel = Endpoint::from_static("http://localhost")
             .initial_stream_window_size(STREAM_WINDOW)

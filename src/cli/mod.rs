@@ -29,7 +29,7 @@ struct Cli {
 
 #[derive(Debug, Subcommand)]
 enum Command {
-    Serve(serve::Arguments),
+    Serve(Box<serve::Arguments>),
     Status(status::Arguments),
     Wait(wait::Arguments),
 }
@@ -120,7 +120,7 @@ pub fn main() -> ExitCode {
         }
     };
     let done = start_logging(&cli.log).and_then(|()| match cli.command {
-        Command::Serve(arguments) => serve::run(arguments),
+        Command::Serve(arguments) => serve::run(*arguments),
         Command::Status(arguments) => status::run(arguments),
         Command::Wait(arguments) => wait::run(arguments),
     });

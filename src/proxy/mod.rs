@@ -19,7 +19,7 @@ use hyper::body::Incoming;
 use prost::Message;
 use tonic::Code;
 
-use crate::address::Address;
+use crate::backend::dial::Dialer;
 use crate::backend::http2::{Http2Pool, SendError, UpstreamHealth};
 use crate::backend::remote::REQUEST_METADATA_KEY;
 use crate::cas::Digest;
@@ -44,14 +44,12 @@ pub struct Proxy {
 }
 
 impl Proxy {
-    /// A proxy to `address`. Without an engine nothing is observed.
-    pub fn new(address: Address, health: Arc<UpstreamHealth>, engine: Option<Engine>) -> Self {
-        let authority = match &address {
-            Address::Tcp { .. } => Authority::try_from(address.to_string()).ok(),
-            Address::Unix(_) | Address::Abstract(_) => None,
-        };
+    /// A proxy to where `dialer` leads. Without an engine nothing is observed.
+    pub fn new(dialer: Dialer, health: Arc<UpstreamHealth>, engine: Option<Engine>) -> Self {
+        let authority = dialer.address().authority();
+        let authority = authority.and_then(|authority| Authority::try_from(authority).ok());
         Proxy {
-            upstream: Http2Pool::new(address, health),
+            upstream: Http2Pool::new(dialer, health),
             authority: authority.unwrap_or_else(|| Authority::from_static("localhost")),
             engine,
         }
