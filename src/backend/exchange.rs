@@ -12,6 +12,7 @@ use h2::client::{ResponseFuture, SendRequest};
 use http::{HeaderMap, Request, Response};
 use http_body::Frame;
 
+use crate::grpc;
 use crate::http2::body::{Body, BodyError};
 use crate::http2::pump::{Pump, PumpError, Sink, Witness};
 
@@ -228,7 +229,7 @@ impl Answer {
     ///
     /// # Errors
     /// `CallError`, when the answer breaks off instead.
-    pub async fn bare_trailers(&mut self) -> Result<Option<&HeaderMap>, CallError> {
+    async fn bare_trailers(&mut self) -> Result<Option<&HeaderMap>, CallError> {
         let Answer { body, request, .. } = self;
         poll_fn(|cx| {
             request.poll(cx, &mut ())?;
@@ -236,6 +237,15 @@ impl Answer {
         })
         .await?;
         Ok(body.bare_trailers())
+    }
+
+    /// The gRPC status, as far as it is known before any message.
+    pub async fn early_status(&mut self) -> Option<u32> {
+        match grpc::status(self.head.headers()) {
+            Some(status) => Some(status),
+            // That an answer broke off is seen again when it is passed on.
+            None => self.bare_trailers().await.ok()?.and_then(grpc::status),
+        }
     }
 
     /// Passes the body on, while the rest of the request goes the other way.

@@ -13,15 +13,15 @@ use parking_lot::Mutex;
 use prost::Message;
 use tonic::Code;
 
-use super::{Call, Proxy, Reply, grpc};
+use super::{Call, Proxy, Reply};
 use crate::address::Address;
 use crate::backend::exchange::Answer;
 use crate::backend::upstream::UpstreamError;
 use crate::config::Compat;
+use crate::grpc::{self, Framed, split_message};
 use crate::reapi::build::bazel::semver::SemVer;
 use crate::reapi::primed::store::v1::RememberedCapabilities;
 use crate::reapi::{GetCapabilitiesRequest, ServerCapabilities};
-use crate::speculation::observation::{Framed, split_message};
 use crate::task;
 
 pub const METHOD: &str = "/build.bazel.remote.execution.v2.Capabilities/GetCapabilities";

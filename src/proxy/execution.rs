@@ -6,7 +6,8 @@ use tokio::sync::watch;
 use tonic::Code;
 
 use super::tap::{Method, Tap};
-use super::{Asked, Call, MAX_OBSERVED_REQUEST, Proxy, Reply, about, asked, grpc};
+use super::{Asked, Call, MAX_OBSERVED_REQUEST, Proxy, Reply, about, asked};
+use crate::grpc;
 use crate::reapi::ExecuteRequest;
 use crate::speculation::Engine;
 use crate::speculation::flights::{Ending, Stage};

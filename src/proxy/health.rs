@@ -7,9 +7,11 @@ use std::time::Duration;
 use bytes::Bytes;
 use tonic::Code;
 
-use super::{Call, Proxy, Reply, grpc};
+use super::{Call, Proxy, Reply};
+use crate::backend::endpoints::Endpoint;
 use crate::backend::health::UpstreamState;
 use crate::backend::upstream::UpstreamError;
+use crate::grpc;
 
 pub const CHECK: &str = "/grpc.health.v1.Health/Check";
 pub const WATCH: &str = "/grpc.health.v1.Health/Watch";
@@ -33,7 +35,7 @@ pub async fn call(proxy: &Proxy, call: Call, mut reply: Reply) {
         return;
     };
     let known_to_upstream = match &mut answer {
-        Ok(answer) => match reply.unless_gone(grpc::early_status(answer)).await {
+        Ok(answer) => match reply.unless_gone(answer.early_status()).await {
             Some(status) => status != Some(Code::Unimplemented as u32),
             None => return,
         },
@@ -44,7 +46,7 @@ pub async fn call(proxy: &Proxy, call: Call, mut reply: Reply) {
         return reply.finish(answer, None).await;
     }
     drop(answer);
-    let mut state = proxy.health.state();
+    let mut state = proxy.upstream.health().state();
     loop {
         let Some(rest) = reply.message(response(state)).await else {
             return;
@@ -65,14 +67,14 @@ async fn change(proxy: &Proxy, known: UpstreamState) -> UpstreamState {
     let serving = |state| state != UpstreamState::Unavailable;
     let mut state = known;
     while serving(state) == serving(known) {
-        let changed = proxy.health.changed_from(state);
+        let changed = proxy.upstream.health().changed_from(state);
         state = match tokio::time::timeout(PROBE, changed).await {
             Ok(state) => state,
             Err(_) if serving(state) => continue,
             Err(_) => {
                 // Whether it succeeds, the state shows.
-                let _ = proxy.upstream.reach(Duration::ZERO).await;
-                proxy.health.state()
+                let _ = proxy.upstream.reach(Endpoint::Rest, Duration::ZERO).await;
+                proxy.upstream.health().state()
             }
         };
     }

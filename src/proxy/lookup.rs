@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use tonic::Code;
 
 use super::tap::{Method, Tap};
-use super::{Asked, Call, MAX_OBSERVED_REQUEST, Proxy, Reply, about, asked, grpc};
+use super::{Asked, Call, MAX_OBSERVED_REQUEST, Proxy, Reply, about, asked};
 use crate::backend::exchange as backend;
 use crate::backend::upstream::UpstreamError;
 use crate::reapi::GetActionResultRequest;
@@ -106,7 +106,7 @@ async fn has_no_result(answer: &mut Result<backend::Answer, UpstreamError>) -> b
     let Ok(answer) = answer else {
         return false;
     };
-    grpc::early_status(answer).await == Some(Code::NotFound as u32)
+    answer.early_status().await == Some(Code::NotFound as u32)
 }
 
 /// Tells the client that there is no result, as it would have been told without primed.

@@ -5,7 +5,6 @@
 
 mod capabilities;
 mod execution;
-mod grpc;
 mod health;
 mod lookup;
 mod reply;
@@ -22,16 +21,17 @@ use http::Request;
 use http::uri::PathAndQuery;
 use prost::Message;
 
+use crate::backend::endpoints::Endpoint;
 use crate::backend::exchange::Answer;
-use crate::backend::health::UpstreamHealth;
 use crate::backend::remote::REQUEST_METADATA_KEY;
 use crate::backend::upstream::{Head, Upstream, UpstreamError};
 use crate::cas::Digest;
+use crate::grpc::{self, Framed, joined, split_message};
 use crate::http2::body::Body;
 use crate::reapi::{self, digest_function};
 use crate::speculation::Engine;
 use crate::speculation::flights::FlightKey;
-use crate::speculation::observation::{CallOrigin, Framed, Observation, joined, split_message};
+use crate::speculation::observation::{CallOrigin, Observation};
 use crate::workspace::peer::Peer;
 
 pub use capabilities::Capabilities;
@@ -47,8 +47,6 @@ const MAX_HOLD: Duration = Duration::from_secs(60);
 pub struct Proxy {
     /// Where calls go.
     pub upstream: Upstream,
-    /// Whether they get there.
-    pub health: Arc<UpstreamHealth>,
     /// What the upstream can do, as it last said.
     pub capabilities: Arc<Capabilities>,
     /// Without an engine nothing is observed.
@@ -129,7 +127,8 @@ impl Proxy {
 
     /// As `send`, but fails at once where there is no connection.
     async fn send_at_once(&self, call: Call) -> Result<Answer, UpstreamError> {
-        self.upstream.reach(Duration::ZERO).await?;
+        let endpoint = Endpoint::of_path(call.head.path.path());
+        self.upstream.reach(endpoint, Duration::ZERO).await?;
         self.send(call).await
     }
 }

@@ -11,10 +11,11 @@ use http::Response;
 use http::header::{CONTENT_TYPE, HeaderMap, HeaderValue};
 use tonic::Code;
 
-use super::grpc;
 use super::tap::Tap;
 use crate::backend::exchange::{Answer, CallError, Passed};
+use crate::backend::instance_rewriter::RewriteError;
 use crate::backend::upstream::UpstreamError;
+use crate::grpc;
 use crate::http2::pump::{Gone, Sink};
 
 const APPLICATION_GRPC: HeaderValue = HeaderValue::from_static("application/grpc");
@@ -140,8 +141,15 @@ impl Reply {
                 }
                 return self.reset(*reason);
             }
+            UpstreamError::Call(CallError::Request(error)) if error.is::<RewriteError>() => {
+                return self.end(Code::Unimplemented, &error.to_string());
+            }
             // The client itself broke off.
             UpstreamError::Call(CallError::Request(_)) => return self.reset(Reason::CANCEL),
+            UpstreamError::Credentials(_) => (
+                Code::Unauthenticated,
+                "see --credential-helper of `primed serve`",
+            ),
             UpstreamError::Connect(_) => {
                 (Code::Unavailable, "is it running, and is this its address?")
             }
