@@ -240,8 +240,12 @@ impl Listener {
                 }
                 Socket::Tcp(listener) => {
                     let (stream, address) = listener.accept().await?;
-                    tune_tcp(&stream)?;
                     let origin = PeerOrigin::Tcp(address);
+                    if let Err(error) = tune_tcp(&stream) {
+                        // It concerns this client alone, who may have left already.
+                        tracing::debug!(client = %origin, %error, "a client was lost");
+                        continue;
+                    }
                     (AcceptedSocket::Tcp(stream.into_std()?), origin)
                 }
             };
