@@ -90,9 +90,12 @@ impl Dialer {
     }
 }
 
-/// Tries the addresses of `host` in turn.
 async fn connect_tcp(host: &str, port: u16) -> io::Result<TcpStream> {
-    let addresses = in_time(tokio::net::lookup_host((host, port))).await?;
+    connect_any(in_time(tokio::net::lookup_host((host, port))).await?).await
+}
+
+/// Tries `addresses` in turn; the error is that of the last one.
+async fn connect_any(addresses: impl Iterator<Item = SocketAddr>) -> io::Result<TcpStream> {
     let mut failed = io::Error::new(io::ErrorKind::NotFound, "the host has no address");
     for address in addresses {
         match in_time(connect_to(address)).await {
@@ -116,4 +119,47 @@ async fn in_time<T>(attempt: impl Future<Output = io::Result<T>>) -> io::Result<
     tokio::time::timeout(CONNECT_TIMEOUT, attempt)
         .await
         .map_err(|_| io::Error::from(io::ErrorKind::TimedOut))?
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::net::TcpListener;
+
+    #[tokio::test]
+    async fn addresses_of_a_host_are_tried_in_turn() {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let open = listener.local_addr().unwrap();
+        let unused = TcpListener::bind("127.0.0.1:0").unwrap();
+        let closed = unused.local_addr().unwrap();
+        drop(unused);
+        let stream = connect_any([closed, open].into_iter()).await.unwrap();
+        assert_eq!(stream.peer_addr().unwrap(), open);
+        let refused = connect_any([closed, closed].into_iter()).await;
+        assert_eq!(
+            refused.unwrap_err().kind(),
+            io::ErrorKind::ConnectionRefused
+        );
+        assert!(connect_any(std::iter::empty()).await.is_err());
+    }
+
+    #[tokio::test]
+    async fn an_upstream_that_vanishes_is_noticed_by_the_system() {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let stream = connect_to(listener.local_addr().unwrap()).await.unwrap();
+        assert!(sockopt::tcp_nodelay(&stream).unwrap());
+        assert!(sockopt::socket_keepalive(&stream).unwrap());
+        assert_eq!(sockopt::tcp_user_timeout(&stream).unwrap(), USER_TIMEOUT_MS);
+        let idle = sockopt::tcp_keepidle(&stream).unwrap();
+        let interval = sockopt::tcp_keepintvl(&stream).unwrap();
+        let probes = sockopt::tcp_keepcnt(&stream).unwrap();
+        assert!(idle + interval * probes < Duration::from_secs(60));
+    }
+
+    #[tokio::test]
+    async fn a_tls_address_is_never_dialled_in_the_clear() {
+        let dialer = Dialer::without_tls("grpcs://127.0.0.1:1".parse().unwrap());
+        let refused = dialer.dial().await.err().unwrap();
+        assert_eq!(refused.kind(), io::ErrorKind::Unsupported);
+    }
 }

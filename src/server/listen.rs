@@ -1,16 +1,16 @@
 //! Listening sockets. A socket file that nobody listens on is replaced; one that somebody does
 //! is an error that says who. Sockets are for their owner, or for the users of `--allow-uid`.
 
-use std::fs::{DirBuilder, File};
+use std::fs::{DirBuilder, File, Permissions};
 use std::io;
 use std::os::linux::net::SocketAddrExt;
-use std::os::unix::fs::{DirBuilderExt, MetadataExt};
+use std::os::unix::fs::{DirBuilderExt, MetadataExt, PermissionsExt};
 use std::os::unix::net as std_unix;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use rustix::fs::Mode;
-use tokio::net::{TcpListener, TcpStream, UnixListener, UnixStream};
+use tokio::net::{TcpListener, TcpStream, UnixListener, UnixSocket, UnixStream};
 use tokio::sync::OwnedSemaphorePermit;
 
 use super::admission::Admission;
@@ -20,6 +20,9 @@ use crate::stream::{Stream, Transport, tune_tcp};
 use crate::tls::server::ServerTls;
 use crate::workspace::peer::PeerOrigin;
 use crate::workspace::process;
+
+/// Clients that may wait for `accept`, as many as Linux allows unless told otherwise.
+const BACKLOG: u32 = 4096;
 
 /// Why an address cannot be listened on.
 #[derive(Debug, thiserror::Error)]
@@ -114,8 +117,7 @@ impl Accepted {
 }
 
 impl Listener {
-    /// Binds `address`; `tls` is for TLS addresses. Call before other threads start: the file mode
-    /// mask is the process's.
+    /// Binds `address`; `tls` is for TLS addresses.
     ///
     /// # Errors
     /// `ListenError`, which names what is in the way.
@@ -131,15 +133,11 @@ impl Listener {
         let (socket, address) = match address {
             Address::Unix(path) => {
                 let shared = admission.includes_others();
-                create_directory(path, if shared { 0o755 } else { 0o700 }).map_err(system)?;
+                create_directory(path, shared).map_err(system)?;
                 let lock = remove_stale(address, path)?;
-                // From the start: no moment at which others may connect who may not.
-                let mask = if shared { 0o111 } else { 0o177 };
-                let mask = rustix::process::umask(Mode::from_raw_mode(mask));
-                let bound = UnixListener::bind(path);
-                rustix::process::umask(mask);
+                let listener = bind_unix(path, shared);
                 drop(lock);
-                let listener = bound.map_err(system)?;
+                let listener = listener.map_err(system)?;
                 let file = SocketFile::new(path).map_err(system)?;
                 let socket = Socket::Unix {
                     listener,
@@ -240,8 +238,12 @@ impl Listener {
                 }
                 Socket::Tcp(listener) => {
                     let (stream, address) = listener.accept().await?;
-                    tune_tcp(&stream)?;
                     let origin = PeerOrigin::Tcp(address);
+                    if let Err(error) = tune_tcp(&stream) {
+                        // It concerns this client alone, who may have left already.
+                        tracing::debug!(client = %origin, %error, "a client was lost");
+                        continue;
+                    }
                     (AcceptedSocket::Tcp(stream.into_std()?), origin)
                 }
             };
@@ -257,6 +259,18 @@ impl Listener {
     }
 }
 
+/// Binds `path`; there is no moment at which others may connect who may not later.
+fn bind_unix(path: &Path, shared: bool) -> io::Result<UnixListener> {
+    let socket = UnixSocket::new_stream()?;
+    // Linux makes the file with the mode that the socket had before, less the process's mask.
+    rustix::fs::fchmod(&socket, Mode::from_raw_mode(0o600))?;
+    socket.bind(path)?;
+    if shared {
+        std::fs::set_permissions(path, Permissions::from_mode(0o666))?;
+    }
+    socket.listen(BACKLOG)
+}
+
 fn unix(listener: std_unix::UnixListener) -> io::Result<Socket> {
     listener.set_nonblocking(true)?;
     Ok(Socket::Unix {
@@ -265,20 +279,20 @@ fn unix(listener: std_unix::UnixListener) -> io::Result<Socket> {
     })
 }
 
-fn create_directory(socket: &Path, mode: u32) -> io::Result<()> {
-    match socket.parent() {
-        Some(directory) if !directory.as_os_str().is_empty() => {
-            // Just this mode, whatever the user's mask is.
-            let mask = rustix::process::umask(Mode::from_raw_mode(0o777 & !mode));
-            let created = DirBuilder::new()
-                .recursive(true)
-                .mode(mode)
-                .create(directory);
-            rustix::process::umask(mask);
-            created
-        }
-        _ => Ok(()),
+fn create_directory(socket: &Path, shared: bool) -> io::Result<()> {
+    let Some(directory) = socket.parent().filter(|path| !path.as_os_str().is_empty()) else {
+        return Ok(());
+    };
+    let exists = directory.exists();
+    DirBuilder::new()
+        .recursive(true)
+        .mode(if shared { 0o755 } else { 0o700 })
+        .create(directory)?;
+    if shared && !exists {
+        // Whatever the process's mask took away.
+        std::fs::set_permissions(directory, Permissions::from_mode(0o755))?;
     }
+    Ok(())
 }
 
 /// Removes a socket file that nobody listens on. The lock that it returns keeps a second primed
@@ -367,7 +381,6 @@ impl Drop for SocketFile {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::os::unix::fs::PermissionsExt;
 
     async fn bind(address: &Address, allow_uids: &[u32]) -> Result<Listener, ListenError> {
         let admission = Arc::new(Admission::new(allow_uids, 8));

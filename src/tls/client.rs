@@ -178,3 +178,70 @@ fn with_hint(error: io::Error) -> io::Error {
     };
     io::Error::new(error.kind(), format!("{error}; {hint}"))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use rcgen::{CertifiedKey, generate_simple_self_signed};
+    use tokio::net::TcpListener;
+    use tokio_rustls::TlsAcceptor;
+    use tokio_rustls::rustls::ServerConfig;
+    use tokio_rustls::rustls::pki_types::PrivateKeyDer;
+
+    /// What a client says of a server that offers `protocols`.
+    async fn connect(protocols: &[&[u8]]) -> io::Result<()> {
+        let scratch = tempfile::tempdir().unwrap();
+        let names = vec!["server.example".to_owned()];
+        let CertifiedKey { cert, signing_key } = generate_simple_self_signed(names).unwrap();
+        let ca = scratch.path().join("ca.pem");
+        std::fs::write(&ca, cert.pem()).unwrap();
+        let key = PrivateKeyDer::try_from(signing_key.serialize_der()).unwrap();
+        let mut config = ServerConfig::builder_with_provider(provider())
+            .with_safe_default_protocol_versions()
+            .unwrap()
+            .with_no_client_auth()
+            .with_single_cert(vec![cert.der().clone()], key)
+            .unwrap();
+        config.alpn_protocols = protocols.iter().map(|name| name.to_vec()).collect();
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let socket = TcpStream::connect(listener.local_addr().unwrap()).await?;
+        let accepted = crate::task::spawn("test server", async move {
+            let (socket, _) = listener.accept().await?;
+            TlsAcceptor::from(Arc::new(config)).accept(socket).await
+        });
+        let tls = ClientTls::load(ClientTlsFiles {
+            ca: Some(PemFile::new(CA_FLAG, ca)),
+            ..ClientTlsFiles::default()
+        });
+        let tls = tls.unwrap();
+        let name = tls.server_name("server.example").unwrap();
+        let connected = tls.connect(name, socket).await;
+        let _ = accepted.await;
+        connected.map(drop)
+    }
+
+    #[tokio::test]
+    async fn a_server_that_does_not_say_that_it_speaks_http2_is_refused() {
+        assert!(connect(&[b"http/1.1", b"h2"]).await.is_ok());
+        let refused = connect(&[]).await.unwrap_err().to_string();
+        assert!(refused.contains("h2"), "{refused}");
+        assert!(connect(&[b"http/1.1"]).await.is_err());
+    }
+
+    #[test]
+    fn the_name_to_expect_can_be_given_and_must_be_one() {
+        let named = |name: &str| {
+            let server_name = Some(name.to_owned());
+            ClientTls::load(ClientTlsFiles {
+                ca: None,
+                identity: None,
+                server_name,
+            })
+        };
+        let error = named("a b").err().unwrap().to_string();
+        assert!(
+            error.contains(NAME_FLAG) && error.contains("a b"),
+            "{error}"
+        );
+    }
+}

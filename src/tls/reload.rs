@@ -102,3 +102,55 @@ impl<T> Source<T> {
 fn stamps(files: &[PathBuf]) -> Vec<Option<Stamp>> {
     files.iter().map(|path| Stamp::of(path)).collect()
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// What is made of a file: its content, which must be a number.
+    fn number(path: &Path) -> Result<u32, TlsError> {
+        let content = std::fs::read_to_string(path).unwrap_or_default();
+        content.parse().map_err(|_| TlsError {
+            flag: "--number",
+            value: content,
+            reason: "no number".to_owned(),
+            hint: "write digits",
+        })
+    }
+
+    #[tokio::test]
+    async fn what_changes_is_made_anew_and_what_breaks_is_kept() {
+        let scratch = tempfile::tempdir().unwrap();
+        let path = scratch.path().join("number");
+        let write = |name: &str, content: &str| {
+            std::fs::write(scratch.path().join(name), content).unwrap();
+        };
+        write("number", "1");
+        let reloaded = {
+            let path = path.clone();
+            Reloaded::new([path.clone().as_path()], move || number(&path)).unwrap()
+        };
+        assert_eq!(*reloaded.current().await, 1);
+        let unchanged = reloaded.current().await;
+        assert!(Arc::ptr_eq(&unchanged, &reloaded.current().await));
+
+        write("new", "2");
+        std::fs::rename(scratch.path().join("new"), &path).unwrap();
+        assert_eq!(*reloaded.current().await, 2, "replaced");
+        write("number", "broken");
+        assert_eq!(*reloaded.current().await, 2, "broken");
+        std::fs::remove_file(&path).unwrap();
+        assert_eq!(*reloaded.current().await, 2, "gone");
+        write("third", "3");
+        std::os::unix::fs::symlink("third", &path).unwrap();
+        assert_eq!(*reloaded.current().await, 3, "linked");
+    }
+
+    #[test]
+    fn what_is_broken_at_the_start_is_an_error() {
+        let broken = Reloaded::new([Path::new("/nonexistent")], || {
+            number(Path::new("/nonexistent"))
+        });
+        assert!(broken.is_err());
+    }
+}
