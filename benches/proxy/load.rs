@@ -1,6 +1,7 @@
 //! One measurement of one thing, printed as one line of JSON.
 
 use std::fmt;
+use std::future::pending;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -329,26 +330,31 @@ impl Load {
         let stop = Arc::new(AtomicBool::new(false));
         let stopped = stop.clone();
         let (reads, reading) = tokio::sync::oneshot::channel();
-        let reader = thread::Builder::new().spawn(move || -> Result<()> {
+        let reader = thread::Builder::new().spawn(move || -> Result<Transfer> {
             runtime()?.block_on(async {
                 let connection = Connection::open(&to, tuning).await?;
                 let mut caller = connection.caller();
                 let (_, mut body) = caller.start(&head, message.clone(), true).await?;
                 let _ = reads.send(());
+                let mut transfer = Transfer::begin(0.0);
                 while !stopped.load(Ordering::Relaxed) {
                     match body.data().await {
-                        Some(chunk) => body.flow_control().release_capacity(chunk?.len())?,
+                        Some(chunk) => {
+                            transfer.bytes += chunk.as_ref().map_or(0, Bytes::len);
+                            body.flow_control().release_capacity(chunk?.len())?;
+                        }
                         None => body = caller.start(&head, message.clone(), true).await?.1,
                     }
                 }
-                Ok(())
+                Ok(transfer)
             })
         })?;
         reading.await?;
-        let told = self.calls(Kind::Lookup, 1, 1, seconds).await;
+        let mut told = self.calls(Kind::Lookup, 1, 1, seconds).await?;
         stop.store(true, Ordering::Relaxed);
-        reader.join().map_err(|_| "the reader panicked")??;
-        told
+        let transfer = reader.join().map_err(|_| "the reader panicked")??;
+        told["mb_per_s"] = transfer.tell()["mb_per_s"].take();
+        Ok(told)
     }
 
     async fn idle(&self, connections: usize) -> Result<Value> {
@@ -409,14 +415,15 @@ impl Load {
             .code;
         succeeded(code)?;
         let before = self.settled().await?;
-        let mut unread = Vec::new();
+        let mut unread = JoinSet::new();
         for _ in 0..streams {
-            unread.push(
-                connection
-                    .caller()
-                    .start(&head, message.clone(), true)
-                    .await?,
-            );
+            let (mut caller, head) = (connection.caller(), head.clone());
+            let message = message.clone();
+            // Not even its head may come, once the connection's window is full: none waits for it.
+            unread.spawn(async move {
+                let _unread = caller.start(&head, message, true).await;
+                pending::<()>().await;
+            });
         }
         self.grown(before, streams).await
     }

@@ -237,19 +237,21 @@ impl Report {
         for subject in subjects.iter().filter(|name| **name != "direct") {
             write!(table, "{subject:>9}")?;
         }
-        table.push_str("   primed's floors\n");
+        table.push('\n');
+        let mut floors = String::new();
         let mut rows = Vec::new();
         for row in ROWS {
             let values = row.values(&lines);
             if !values.is_empty() {
                 row.print(&mut table, &values, &subjects)?;
+                row.print_floors(&mut floors, &values)?;
                 rows.push(row.tell(&values));
             }
         }
-        print!("{table}");
+        println!("{table}\nWhat primed promises\n\n{floors}");
         let failed = lines.iter().filter(|line| line["failed"] == true).count();
         if failed > 0 {
-            println!("\n{failed} measurements failed; what they said is above the table.");
+            println!("{failed} measurements failed; what they said is above the table.");
         }
         if let Some(file) = self.json {
             let all = json!({ "rows": rows, "failed": failed, "measurements": lines });
@@ -299,17 +301,24 @@ impl Row {
             };
             write!(table, "{cell:>9}")?;
         }
-        let floors: Vec<String> = self
-            .floors
-            .iter()
-            .filter_map(|floor| {
-                let (value, met) = floor.judge(values, self.better)?;
-                let sign = if self.better == Less { '≤' } else { '≥' };
-                let met = if met { "met" } else { "MISSED" };
-                Some(format!("{sign} {}: {value:.2} {met}", floor.words()))
-            })
-            .collect();
-        writeln!(table, "   {}", floors.join(", "))?;
+        table.push('\n');
+        Ok(())
+    }
+
+    fn print_floors(&self, table: &mut String, values: &Values) -> Result<()> {
+        let sign = if self.better == Less { '≤' } else { '≥' };
+        for floor in self.floors {
+            let Some((value, met)) = floor.judge(values, self.better) else {
+                continue;
+            };
+            let met = if met { "met" } else { "MISSED" };
+            let (limit, of) = floor.words();
+            writeln!(
+                table,
+                "{:<42}{value:>10.2}  {sign} {limit:<7}{of:<26}{met}",
+                self.label
+            )?;
+        }
         Ok(())
     }
 
@@ -325,7 +334,8 @@ impl Row {
         }
         let floors = self.floors.iter().filter_map(|floor| {
             let (value, met) = floor.judge(values, self.better)?;
-            Some(json!({ "floor": floor.words(), "value": value, "met": met }))
+            let (limit, of) = floor.words();
+            Some(json!({ "limit": limit, "of": of, "value": value, "met": met }))
         });
         json!({
             "label": self.label,
@@ -340,11 +350,12 @@ impl Row {
 }
 
 impl Floor {
-    fn words(self) -> String {
+    /// The limit, and what it is a multiple of.
+    fn words(self) -> (f64, String) {
         match self {
-            Of(subject, limit) => format!("{limit} {subject}"),
-            Added(subject, limit) => format!("{limit} added by {subject}"),
-            Plain(limit) => format!("{limit}"),
+            Of(subject, limit) => (limit, format!("of {subject}")),
+            Added(subject, limit) => (limit, format!("of what {subject} adds")),
+            Plain(limit) => (limit, String::new()),
         }
     }
 
