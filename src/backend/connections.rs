@@ -81,9 +81,14 @@ impl Connections {
     /// `ConnectError`, when there is none within `patience`.
     pub async fn ready(&self, patience: Duration) -> Result<Connection, ConnectError> {
         let slot = &self.slots[self.next.fetch_add(1, Ordering::Relaxed) % CONNECTIONS];
-        if let Some(open) = slot.open() {
-            return Ok(open);
+        match slot.open() {
+            Some(open) => Ok(open),
+            // Boxed: it is rare, and large for something that is part of every call.
+            None => Box::pin(self.connected(slot, patience)).await,
         }
+    }
+
+    async fn connected(&self, slot: &Slot, patience: Duration) -> Result<Connection, ConnectError> {
         let deadline = Instant::now() + patience;
         loop {
             let (pause_ends, error) = match self.turn(slot).await {

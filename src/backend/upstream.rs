@@ -163,7 +163,7 @@ impl Upstream {
     ///
     /// # Errors
     /// `UpstreamError`, when there will be no answer.
-    pub async fn call(&self, head: Head, body: Body) -> Result<Answer, UpstreamError> {
+    pub async fn call(&self, head: Head, body: Body) -> Result<Box<Answer>, UpstreamError> {
         let (mut head, mut body) = (head, body);
         let index = self
             .routes
@@ -172,7 +172,7 @@ impl Upstream {
         let destination = &self.routes.destinations[index];
         let own = match destination.credentials.ready() {
             Some(own) => own,
-            None => destination.credentials.headers().await?,
+            None => Box::pin(destination.credentials.headers()).await?,
         };
         replace(&mut head.headers, &own);
         if let Some(rewriter) =
@@ -180,12 +180,20 @@ impl Upstream {
         {
             body = Body::made(Renamed::new(body, rewriter));
         }
-        let leg = Leg {
-            destination,
-            connections: &self.connections[index],
-            patience: self.routes.patience.connect,
+        let connections = &self.connections[index];
+        let mut attempt = 1;
+        let answer = loop {
+            let connection = connections.ready(self.routes.patience.connect).await?;
+            let request = destination.request(head.clone());
+            match Exchange::begin(connection, request, body)?.await? {
+                Begun::Answer(answer) => break answer,
+                Begun::NotProcessed(_, error) if attempt == ATTEMPTS => {
+                    return Err(CallError::Broken(error).into());
+                }
+                Begun::NotProcessed(unsent, _) => body = unsent,
+            }
+            attempt += 1;
         };
-        let answer = leg.call(head, body).await?;
         if grpc::status(answer.head.headers()) == Some(Code::Unauthenticated as u32) {
             destination.credentials.refused(&own);
         }
@@ -193,38 +201,11 @@ impl Upstream {
     }
 }
 
-/// From one thread to one backend.
-struct Leg<'a> {
-    destination: &'a Destination,
-    connections: &'a Connections,
-    patience: Duration,
-}
-
-impl Leg<'_> {
-    async fn call(&self, head: Head, body: Body) -> Result<Answer, UpstreamError> {
-        let mut body = body;
-        for _ in 1..ATTEMPTS {
-            match self.begin(head.clone(), body).await? {
-                Begun::Answer(answer) => return Ok(answer),
-                Begun::NotProcessed(unsent, _) => body = unsent,
-            }
-        }
-        match self.begin(head, body).await? {
-            Begun::Answer(answer) => Ok(answer),
-            Begun::NotProcessed(_, error) => Err(CallError::Broken(error).into()),
-        }
-    }
-
-    async fn begin(&self, head: Head, body: Body) -> Result<Begun, UpstreamError> {
-        let connection = self.connections.ready(self.patience).await?;
-        let exchange = Exchange::begin(connection, self.request(head), body)?;
-        Ok(exchange.answer().await?)
-    }
-
+impl Destination {
     fn request(&self, head: Head) -> Request<()> {
         let mut uri = http::uri::Parts::default();
-        uri.scheme = Some(self.destination.scheme.clone());
-        uri.authority = Some(self.destination.authority.clone());
+        uri.scheme = Some(self.scheme.clone());
+        uri.authority = Some(self.authority.clone());
         uri.path_and_query = Some(head.path);
         let mut request = Request::new(());
         *request.method_mut() = head.method;

@@ -108,7 +108,7 @@ impl Capabilities {
     }
 }
 
-pub async fn call(proxy: &Proxy, call: Call, mut reply: Reply) {
+pub async fn call(proxy: Arc<Proxy>, call: Call, mut reply: Reply) {
     let mut call = call;
     let Some(message) = reply.unless_gone(call.first_message(MAX_REQUEST)).await else {
         return;
@@ -132,14 +132,14 @@ pub async fn call(proxy: &Proxy, call: Call, mut reply: Reply) {
             }
         }
         (Some(Ok(answer)), _) if !answer.is_end_stream() => {
-            pass_on(proxy, instance_name, answer, reply).await;
+            pass_on(&proxy, instance_name, answer, reply).await;
         }
         (Some(answer), _) => reply.finish(answer, None).await,
     }
 }
 
 /// Passes an answer on when it is all there, and remembers it if it is good.
-async fn pass_on(proxy: &Proxy, instance: String, mut answer: Answer, mut reply: Reply) {
+async fn pass_on(proxy: &Proxy, instance: String, mut answer: Box<Answer>, mut reply: Reply) {
     let mut head = std::mem::take(&mut answer.head);
     let whole = match reply.unless_gone(answer.collect()).await {
         Some(Ok(whole)) => whole,

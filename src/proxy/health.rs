@@ -2,6 +2,7 @@
 //! (buildbox-casd does not) or cannot be reached, primed tells whether the upstream can be reached.
 //! All services are the upstream's, so what holds for it holds for each of them.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -21,7 +22,7 @@ const MAX_REQUEST: usize = 4 * 1024;
 /// How often an upstream that cannot be reached is tried again while somebody watches.
 const PROBE: Duration = Duration::from_secs(2);
 
-pub async fn call(proxy: &Proxy, call: Call, mut reply: Reply) {
+pub async fn call(proxy: Arc<Proxy>, call: Call, mut reply: Reply) {
     let watches = call.head.path.path() == WATCH;
     let mut call = call;
     if reply
@@ -55,7 +56,7 @@ pub async fn call(proxy: &Proxy, call: Call, mut reply: Reply) {
         if !watches {
             return reply.end(Code::Ok, "");
         }
-        let Some(new) = reply.unless_gone(change(proxy, state)).await else {
+        let Some(new) = reply.unless_gone(change(&proxy, state)).await else {
             return;
         };
         state = new;
