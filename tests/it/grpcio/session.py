@@ -1,7 +1,8 @@
 """Makes one call after another on one channel, as told on stdin.  Usage: session.py TARGET
 
-A line of stdin is a call: {"method": PATH, "requests": [HEX, …], "hold": BOOL}. With `hold` its
-requests do not end before the line `release`. Lines of stdout, as things happen:
+A line of stdin is a call: {"method": PATH, "requests": [HEX, …], "hold": BOOL, "timeout": SECONDS,
+"metadata": [[KEY, VALUE], …]}, all but the first two optional. With `hold` its requests do not end
+before the line `release`. Lines of stdout, as things happen:
 {"message": HEX}, then {"code": …, "details": …, "initial": …, "trailing": …, "connected": N},
 where N counts how often the channel has become ready.
 """
@@ -65,7 +66,11 @@ def main():
     threading.Thread(target=read, args=(calls,), daemon=True).start()
     while (call := calls.get()) is not None:
         wanted, release = call
-        call = channel.stream_stream(wanted["method"])(requests(wanted, release), timeout=BOUND)
+        call = channel.stream_stream(wanted["method"])(
+            requests(wanted, release),
+            timeout=wanted.get("timeout", BOUND),
+            metadata=[tuple(pair) for pair in wanted.get("metadata", [])],
+        )
         try:
             for message in call:
                 say(message=message.hex())
