@@ -44,7 +44,7 @@ impl GatedCompiler {
         std::fs::write(directory.join("closed"), "").unwrap();
         let script = format!(
             "#!/bin/sh\n\
-             case \" $* \" in *\" -c \"*)\n\
+             case \" $* \" in *\" -M\"*) ;; *\" -c \"*)\n\
              \techo >{0}/compiling.$$\n\
              \twhile [ -e {0}/closed ]; do sleep 0.02; done;;\n\
              esac\n\

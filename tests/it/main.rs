@@ -1,5 +1,6 @@
 //! Tests of the whole: primed as its users run it, with real recc, buildbox-casd and gRPC clients.
 
+mod abuse;
 mod backend;
 mod cli;
 mod client;
