@@ -9,7 +9,6 @@
 
 use std::time::Duration;
 
-use bytes::Bytes;
 use primed::reapi::content_addressable_storage_client::ContentAddressableStorageClient;
 use primed::reapi::{Digest, FindMissingBlobsRequest};
 use prost::Message;
@@ -17,7 +16,7 @@ use tempfile::TempDir;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::UnixStream;
 use tokio::net::unix::{OwnedReadHalf, OwnedWriteHalf};
-use tonic::{Code, Status};
+use tonic::Status;
 
 use crate::client::connect;
 use crate::frames::{
@@ -72,7 +71,11 @@ impl Ground {
         let (reader, writer) = stream.into_split();
         let mut attacker = Attacker { reader, writer };
         let settings = Frame::settings(settings).bytes();
-        let greeting = [PREFACE, &settings, &Frame::window_update(0, LARGEST - 65_535).bytes()];
+        let greeting = [
+            PREFACE,
+            &settings,
+            &Frame::window_update(0, LARGEST - 65_535).bytes(),
+        ];
         attacker.writer.write_all(&greeting.concat()).await.unwrap();
         attacker
     }
@@ -122,8 +125,24 @@ struct Seen {
 }
 
 impl Seen {
+    /// Reads until a PING is answered or the connection is closed.
+    async fn read_until(&mut self, ping: Frame, reader: &mut OwnedReadHalf) {
+        while !self.closed {
+            match Frame::read(reader).await {
+                Err(_) => self.closed = true,
+                Ok(frame) if frame.kind == PING && frame.payload == ping.payload => return,
+                // What is in the answers is of no interest.
+                Ok(frame) if frame.kind == DATA => (),
+                Ok(frame) => self.frames.push(frame),
+            }
+        }
+    }
+
     fn count(&self, kind: u8) -> usize {
-        self.frames.iter().filter(|frame| frame.kind == kind).count()
+        self.frames
+            .iter()
+            .filter(|frame| frame.kind == kind)
+            .count()
     }
 
     /// The error codes of frames of this kind.
@@ -138,40 +157,33 @@ impl Seen {
 }
 
 impl Attacker {
-    /// Writes `bytes`, and a PING whose answer means that all of them were taken; or primed
-    /// closes the connection.
-    async fn attack(self, bytes: impl Iterator<Item = Vec<u8>>) -> Seen {
-        let Attacker { mut reader, mut writer } = self;
-        const LAST: &[u8] = b"the last";
-        let write = async {
-            for bytes in bytes {
-                // The reader sees that the connection is closed.
-                if writer.write_all(&bytes).await.is_err() {
-                    return;
+    /// Writes `bytes` until primed has taken and answered all of them, or closes the connection.
+    async fn attack(mut self, bytes: impl Iterator<Item = Vec<u8>>) -> Seen {
+        let mut seen = Seen::default();
+        let attack = async {
+            let write = async {
+                for bytes in bytes {
+                    // Whether the connection is closed is the reader's to say.
+                    if self.writer.write_all(&bytes).await.is_err() {
+                        return;
+                    }
                 }
-            }
-            let _ = Frame::new(PING, 0, 0, LAST).write(&mut writer).await;
+                let _ = last(1).write(&mut self.writer).await;
+            };
+            tokio::join!(write, seen.read_until(last(1), &mut self.reader));
+            // A PING is answered before what was to be said already, hence another one.
+            let _ = last(2).write(&mut self.writer).await;
+            seen.read_until(last(2), &mut self.reader).await;
         };
-        let read = async {
-            let mut seen = Seen::default();
-            loop {
-                let Ok(frame) = Frame::read(&mut reader).await else {
-                    seen.closed = true;
-                    return seen;
-                };
-                if frame.kind == PING && frame.payload == LAST {
-                    return seen;
-                }
-                // What is in the answers is of no interest.
-                if frame.kind != DATA {
-                    seen.frames.push(frame);
-                }
-            }
-        };
-        let both = async { tokio::join!(write, read).1 };
-        let ended = tokio::time::timeout(PATIENCE, both).await;
-        ended.expect("primed neither takes what is written nor closes the connection")
+        let ended = tokio::time::timeout(PATIENCE, attack).await;
+        ended.expect("primed neither takes what is written nor closes the connection");
+        seen
     }
+}
+
+/// A PING that no flood contains.
+fn last(number: u8) -> Frame {
+    Frame::new(PING, 0, 0, [number; 8])
 }
 
 /// The streams that a client may open.
@@ -333,33 +345,37 @@ async fn floods_of_frames_that_ask_for_an_answer() {
 
 #[tokio::test]
 async fn floods_whose_answers_are_not_read() {
+    let ping = repeated(Frame::new(PING, 0, 0, [7; 8]), 1_000_000);
+    unread(ping).await;
+    unread(repeated(Frame::settings(&[]), 1_000_000)).await;
+}
+
+#[tokio::test]
+async fn calls_whose_answers_are_not_read() {
+    let calls = streams().take(10_000).flat_map(|stream| {
+        let block = request(GET_CAPABILITIES);
+        [
+            Frame::new(HEADERS, END_HEADERS, stream, block),
+            Frame::new(DATA, END_STREAM, stream, message(b"")),
+        ]
+    });
+    unread(chunks(calls)).await;
+}
+
+async fn unread(flood: impl Iterator<Item = Vec<u8>>) {
     let ground = Ground::prepare().await;
-    let mut not_reading = Vec::new();
-    let call = |stream| {
-        let request = request(GET_CAPABILITIES);
-        let begin = Frame::new(HEADERS, END_HEADERS, stream, request);
-        [begin, Frame::new(DATA, END_STREAM, stream, message(b""))]
-    };
-    let floods: [Box<dyn Iterator<Item = Vec<u8>>>; 3] = [
-        Box::new(repeated(Frame::new(PING, 0, 0, [7; 8]), 1_000_000)),
-        Box::new(repeated(Frame::settings(&[]), 1_000_000)),
-        Box::new(chunks(streams().take(10_000).flat_map(call))),
-    ];
-    for flood in floods {
-        let mut attacker = ground.attacker(&[(INITIAL_WINDOW_SIZE, LARGEST)]).await;
-        let write = async {
-            for bytes in flood {
-                if attacker.writer.write_all(&bytes).await.is_err() {
-                    return;
-                }
+    let mut attacker = ground.attacker(&[(INITIAL_WINDOW_SIZE, LARGEST)]).await;
+    let write = async {
+        for bytes in flood {
+            if attacker.writer.write_all(&bytes).await.is_err() {
+                return;
             }
-        };
-        // It may well be that no more is taken: then others have been served meanwhile.
-        tokio::select! {
-            () = write => (),
-            () = ground.serve_others() => (),
         }
-        not_reading.push(attacker);
+    };
+    // It may well be that no more is taken: then others have been served meanwhile.
+    tokio::select! {
+        () = write => (),
+        () = ground.serve_others() => (),
     }
     ground.serve_others().await;
     ground.is_well().await;

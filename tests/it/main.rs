@@ -2,6 +2,7 @@
 
 mod abuse;
 mod backend;
+mod broken_upstream;
 mod cli;
 mod client;
 mod client_faults;
