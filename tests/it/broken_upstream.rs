@@ -26,7 +26,7 @@ use crate::frames::{
 use crate::support::{PATIENCE, Primed, scratch};
 
 /// How much memory primed may take.
-const MEMORY: u64 = 96 * 1024 * 1024;
+const MEMORY: u64 = 64 * 1024 * 1024;
 /// How many bytes of a flood must go to primed, unless it breaks that off: more than the system
 /// keeps for a reader that does not read.
 const FLOOD: usize = 16 * 1024 * 1024;
