@@ -147,6 +147,10 @@ impl AnyServer {
         AnyServer { daemon, socket }
     }
 
+    pub fn socket(&self) -> &Path {
+        &self.socket
+    }
+
     /// For clients of gRPC.
     pub fn target(&self) -> String {
         target(&self.socket)
@@ -222,6 +226,11 @@ impl Session {
     /// Begins a call whose requests do not end until it is `release`d.
     pub fn hold(&mut self, method: &str) {
         self.tell(&json!({"method": method, "requests": [], "hold": true}));
+    }
+
+    /// Begins a call as `session.py` describes one.
+    pub fn begin(&mut self, call: &Value) {
+        self.tell(call);
     }
 
     /// Ends the requests of the call that is held.

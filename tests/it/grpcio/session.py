@@ -1,8 +1,9 @@
 """Makes one call after another on one channel, as told on stdin.  Usage: session.py TARGET
 
-A line of stdin is a call: {"method": PATH, "requests": [HEX, …], "hold": BOOL, "hasty": BOOL}. With
-`hold` its requests do not end before the line `release`; with "metadata": [[KEY, VALUE], …] it has
-that, and with "gzip": true its messages are compressed. Lines of stdout, as things happen:
+A line of stdin is a call: {"method": PATH, "requests": [HEX, …]} with these to choose from: "hold":
+BOOL, "hasty": BOOL, "timeout": SECONDS, "metadata": [[KEY, VALUE], …], "gzip": BOOL. With `hold` its
+requests do not end before the line `release`; with `gzip` its messages are compressed. Lines of
+stdout, as things happen:
 {"message": HEX}, then {"code": …, "details": …, "initial": …, "trailing": …, "connected": N},
 where N counts how often the channel has become ready; with `hasty` its first time is not waited for,
 which may never come.
@@ -68,11 +69,13 @@ def main():
     threading.Thread(target=read, args=(calls,), daemon=True).start()
     while (call := calls.get()) is not None:
         wanted, release = call
-        options = {"metadata": [tuple(pair) for pair in wanted.get("metadata", ())]}
+        options = {
+            "timeout": wanted.get("timeout", BOUND),
+            "metadata": [tuple(pair) for pair in wanted.get("metadata", ())],
+        }
         if wanted.get("gzip"):
             options["compression"] = grpc.Compression.Gzip
-        method = channel.stream_stream(wanted["method"])
-        call = method(requests(wanted, release), timeout=BOUND, **options)
+        call = channel.stream_stream(wanted["method"])(requests(wanted, release), **options)
         try:
             for message in call:
                 say(message=message.hex())
