@@ -173,6 +173,12 @@ pub fn batch_read_answer(blobs: &HashMap<Digest, Bytes>, request: &[u8]) -> Byte
     })
 }
 
+/// Reads ask for a blob by this.
+pub fn blob_name(digest: Digest) -> String {
+    let digest = digest.to_proto();
+    format!("{}/{}", digest.hash, digest.size_bytes)
+}
+
 /// Asks for the blob `hash/size`.
 pub fn read_of(blob: &str) -> Bytes {
     framed(&ReadRequest {
@@ -212,6 +218,33 @@ pub fn write_message(size: usize) -> Bytes {
         data: vec![0x5a; size].into(),
         ..WriteRequest::default()
     })
+}
+
+/// All messages of a write of `blob`, as the backend wants them.
+pub fn write_of(blob: &Bytes) -> Vec<Bytes> {
+    const MESSAGE: usize = 256 << 10;
+    let (digest, upload) = (Digest::of(blob), uuid::Uuid::new_v4());
+    let messages = (0..blob.len()).step_by(MESSAGE).map(|offset| {
+        let end = blob.len().min(offset + MESSAGE);
+        framed(&WriteRequest {
+            resource_name: format!("uploads/{upload}/blobs/{}", blob_name(digest)),
+            write_offset: i64::try_from(offset).unwrap_or(i64::MAX),
+            finish_write: end == blob.len(),
+            data: blob.slice(offset..end),
+        })
+    });
+    messages.collect()
+}
+
+/// The digest of what a read brought, message by message.
+pub fn digest_read(mut body: Bytes) -> Digest {
+    let mut blob = BytesMut::new();
+    while body.len() >= 5 {
+        let length = 5 + u32::from_be_bytes([body[1], body[2], body[3], body[4]]) as usize;
+        let message = body.split_to(length.min(body.len()));
+        blob.extend_from_slice(&unframed::<ReadResponse>(&message).data);
+    }
+    Digest::of(&blob)
 }
 
 pub fn write_answer(received: usize) -> Bytes {
