@@ -171,7 +171,7 @@ async fn answer(response: ResponseFuture) -> Result<u16, h2::Error> {
 }
 
 /// The gRPC status that `headers` tell; 2 (unknown) without one.
-fn code(headers: &HeaderMap) -> u16 {
+pub fn code(headers: &HeaderMap) -> u16 {
     headers
         .get("grpc-status")
         .and_then(|code| code.to_str().ok()?.parse().ok())

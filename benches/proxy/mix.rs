@@ -15,7 +15,7 @@ use primed::digest::Digest;
 use tokio::task::JoinSet;
 use tokio::time::{MissedTickBehavior, interval, sleep};
 
-use crate::client::{Connection, Head};
+use crate::client::{Connection, Head, code};
 use crate::load::runtime;
 use crate::tuning::Tuning;
 use crate::{Result, reapi};
@@ -46,7 +46,7 @@ enum Kind {
     Streams,
     /// A method that the backend does not know.
     Unknown,
-    /// A blob of 16 MiB.
+    /// A blob of 16 MiB, whose bytes are compared.
     Read,
     /// A new blob of 256 KiB.
     WriteNew,
@@ -257,8 +257,12 @@ impl Way {
                         sleep(Duration::from_millis(5)).await;
                     }
                 }
-                let right = reapi::digest_read(whole.into()) == self.big_digest;
-                self.ended(kind, if right { OK } else { "other bytes" }.into());
+                let status = body.trailers().await?.map_or(0, |trailers| code(&trailers));
+                if status != 0 || reapi::digest_read(whole.into()) == self.big_digest {
+                    self.answered(kind, status);
+                } else {
+                    self.ended(kind, "other bytes".into());
+                }
             }
             Kind::WriteNew | Kind::WriteOld => {
                 let blob = match kind {

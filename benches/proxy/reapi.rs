@@ -8,6 +8,7 @@ use base64::Engine as _;
 use bytes::{BufMut, Bytes, BytesMut};
 use primed::digest::Digest;
 use primed::reapi::google::bytestream::{ReadRequest, ReadResponse, WriteRequest, WriteResponse};
+use primed::reapi::google::rpc::Status;
 use primed::reapi::{
     Action, ActionResult, BatchReadBlobsRequest, BatchReadBlobsResponse, BatchUpdateBlobsRequest,
     Command, Directory, GetActionResultRequest, OutputFile, RequestMetadata, ServerCapabilities,
@@ -115,11 +116,11 @@ pub fn lookup_of_nothing(salt: u64) -> Bytes {
 
 /// Uploads all that the seeded action needs.
 pub fn upload_of(seeded: &Seeded) -> Bytes {
-    let requests = seeded.blobs.iter().map(|(digest, data)| {
-        let mut request = batch_update_blobs_request::Request::default();
-        request.digest = Some(digest.to_proto());
-        request.data = data.clone();
-        request
+    let blobs = seeded.blobs.iter();
+    let requests = blobs.map(|(digest, data)| batch_update_blobs_request::Request {
+        digest: Some(digest.to_proto()),
+        data: data.clone(),
+        ..Default::default()
     });
     framed(&BatchUpdateBlobsRequest {
         requests: requests.collect(),
@@ -157,16 +158,16 @@ pub fn batch_read_answer(blobs: &HashMap<Digest, Bytes>, request: &[u8]) -> Byte
         let data = primed::digest::required(Some(&proto))
             .ok()
             .and_then(|digest| blobs.get(&digest).cloned());
-        let mut response = batch_read_blobs_response::Response::default();
-        response.digest = Some(proto);
-        if data.is_none() {
-            response.status = Some(primed::reapi::google::rpc::Status {
-                code: 5,
-                ..Default::default()
-            });
+        let missing = Status {
+            code: 5,
+            ..Status::default()
+        };
+        batch_read_blobs_response::Response {
+            digest: Some(proto),
+            status: data.is_none().then_some(missing),
+            data: data.unwrap_or_default(),
+            ..Default::default()
         }
-        response.data = data.unwrap_or_default();
-        response
     });
     framed(&BatchReadBlobsResponse {
         responses: responses.collect(),
