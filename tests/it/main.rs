@@ -3,6 +3,7 @@
 mod backend;
 mod cli;
 mod client;
+mod clients;
 mod examples;
 mod faults;
 mod grpcio;
