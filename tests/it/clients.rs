@@ -23,6 +23,7 @@ use std::net::{TcpListener, TcpStream};
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::sync::atomic::{AtomicU16, Ordering};
 
 use primed::cas::Digest;
 use tempfile::TempDir;
@@ -53,26 +54,47 @@ impl Server {
 type Client = fn(&Stage, &Server) -> Built;
 
 /// How a build went.
-#[derive(Debug, PartialEq)]
 struct Built {
     exit_code: Option<i32>,
+    /// All that it said.
+    said: String,
     reported: Reported,
     /// What it wrote, by path.
     outputs: BTreeMap<String, Digest>,
 }
 
-/// Actions, by what the client says of them.
+/// Actions, by what somebody says of them.
 #[derive(Clone, Copy, Debug, PartialEq)]
 struct Reported {
     executed: usize,
     cached: usize,
 }
 
-/// What is compared: a build, and how often the compiler ran in the backend for it.
+/// What is compared of a build that must succeed.
 #[derive(Debug, PartialEq)]
 struct Observed {
-    built: Built,
+    exit_code: Option<i32>,
+    reported: Reported,
+    outputs: BTreeMap<String, Digest>,
+    /// How often the compiler ran in the backend.
     compiles: usize,
+}
+
+/// What is compared of one that must fail: which other actions it still comes to is chance.
+#[derive(Debug, PartialEq)]
+struct Failed {
+    exit_code: Option<i32>,
+    /// Whether the compiler's own words reach the user.
+    tells_why: bool,
+}
+
+/// Three builds, each from nothing local: with nothing cached, with everything, and of a program
+/// with an error in it.
+#[derive(Debug, PartialEq)]
+struct Builds {
+    cold: Observed,
+    cached: Observed,
+    broken: Failed,
 }
 
 /// A folder for one client.
@@ -164,17 +186,43 @@ impl Stage {
         names.iter().filter_map(read).collect()
     }
 
-    /// Builds once with the project as it is and once with a fresh one, by way of `server`.
-    fn build_twice(&self, client: Client, server: &Server, backend: &Path) -> [Observed; 2] {
-        ["cold", "cached"].map(|_| {
+    /// Builds by way of `server`, in front of the backend that executes below `directory`.
+    fn builds(&self, client: Client, server: &Server, directory: &Path) -> Builds {
+        let [cold, cached] = [(), ()].map(|()| {
             self.clear();
-            let before = self.compiles_below(backend);
+            let before = self.compiles_below(directory);
             let built = client(self, server);
             Observed {
-                built,
-                compiles: self.compiles_below(backend) - before,
+                exit_code: built.exit_code,
+                reported: built.reported,
+                outputs: built.outputs,
+                compiles: self.compiles_below(directory) - before,
             }
-        })
+        });
+        self.clear();
+        let source = self.path("project/src/main.c");
+        let text = std::fs::read_to_string(&source).unwrap();
+        std::fs::write(&source, text + "#error broken on purpose\n").unwrap();
+        let built = client(self, server);
+        Builds {
+            cold,
+            cached,
+            broken: Failed {
+                exit_code: built.exit_code,
+                tells_why: built.said.contains("error broken on purpose"),
+            },
+        }
+    }
+}
+
+impl Drop for Stage {
+    fn drop(&mut self) {
+        for number in 0..self.started.get() {
+            if std::thread::panicking() {
+                let log = std::fs::read(self.path(&format!("{number}.log"))).unwrap_or_default();
+                eprintln!("--- command {number}\n{}", String::from_utf8_lossy(&log));
+            }
+        }
     }
 }
 
@@ -235,13 +283,13 @@ impl Backend {
     }
 }
 
-/// Builds directly and through primed, each time with a backend of its own, cold and then cached.
-/// Returns what was alike: the cold build and the cached one.
-fn alike(client: Client, backend: Backend) -> [Observed; 2] {
+/// Builds directly and through primed, each time with a backend of its own, and holds both builds
+/// of the whole program to the number of `actions` that they should take.
+fn passes_as_directly(client: Client, backend: Backend, actions: usize) {
     let stage = Stage::set();
     let directory = stage.path("direct");
     let running = backend.start(&directory);
-    let direct = stage.build_twice(client, &running.server, &directory);
+    let direct = stage.builds(client, &running.server, &directory);
     drop(running);
 
     let directory = stage.path("behind");
@@ -257,23 +305,23 @@ fn alike(client: Client, backend: Backend) -> [Observed; 2] {
         address: primed.address(),
         port,
     };
-    let through = stage.build_twice(client, &server, &directory);
+    let through = stage.builds(client, &server, &directory);
+
     assert_eq!(direct, through, "{}", primed.daemon.log());
-
-    let [cold, cached] = &direct;
-    assert_eq!(cold.built.outputs, cached.built.outputs);
-    direct
-}
-
-/// The same, for a client that tells each action and that a whole program was built.
-fn alike_to_the_last_action(client: Client, backend: Backend) {
-    let [cold, cached] = alike(client, backend);
+    let Builds {
+        cold,
+        cached,
+        broken,
+    } = direct;
+    assert_eq!((cold.exit_code, cached.exit_code), (Some(0), Some(0)));
+    assert_eq!((cold.compiles, cached.compiles), (COMPILES, 0));
     let reported = |executed, cached| Reported { executed, cached };
-    assert_eq!((cold.built.exit_code, cold.compiles), (Some(0), COMPILES));
-    assert_eq!(cold.built.reported, reported(COMPILES, 0));
-    assert_eq!((cached.built.exit_code, cached.compiles), (Some(0), 0));
-    assert_eq!(cached.built.reported, reported(0, COMPILES));
-    assert!(!cold.built.outputs.is_empty());
+    assert_eq!(cold.reported, reported(actions, 0));
+    assert_eq!(cached.reported, reported(0, actions));
+    assert!(cold.outputs.contains_key("program"));
+    assert_eq!(cold.outputs, cached.outputs);
+    assert!(broken.exit_code.is_some_and(|code| code != 0));
+    assert!(broken.tells_why);
 }
 
 /// Copies a tree of text, with `compiler` for each `@CC@`.
@@ -312,10 +360,14 @@ fn listens(mut daemon: Daemon, port: u16) -> Daemon {
     daemon
 }
 
-/// A port that was free a moment ago. Neither casd nor Bazel can be told to choose.
+/// A port that was free a moment ago, for casd cannot tell which one it chose. Not one of those
+/// that the kernel gives to connections, and not one that this process has named before.
 fn free_port() -> u16 {
-    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
-    listener.local_addr().unwrap().port()
+    static NAMED: AtomicU16 = AtomicU16::new(0);
+    let first = 10_000 + (std::process::id() % 100) as u16 * 200;
+    let mut ports = std::iter::repeat_with(|| first + NAMED.fetch_add(1, Ordering::Relaxed) % 200);
+    let is_free = |port: &u16| TcpListener::bind(("127.0.0.1", *port)).is_ok();
+    ports.find(is_free).unwrap()
 }
 
 fn path_variable() -> String {

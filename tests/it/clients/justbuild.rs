@@ -4,18 +4,22 @@ use super::*;
 
 #[test]
 fn a_build_by_justbuild_passes_as_directly() {
-    alike_to_the_last_action(compatible, Backend::Casd);
+    passes_as_directly(compatible, Backend::Casd, COMPILES);
 }
 
 #[test]
 fn a_build_by_justbuild_passes_as_directly_to_justbuild_execute() {
-    alike_to_the_last_action(compatible, Backend::JustbuildExecute(&["--compatible"]));
+    passes_as_directly(
+        compatible,
+        Backend::JustbuildExecute(&["--compatible"]),
+        COMPILES,
+    );
 }
 
 /// Its digests are those of Git then, which primed does not know.
 #[test]
 fn a_build_by_justbuild_in_its_own_protocol_passes_as_directly() {
-    alike_to_the_last_action(native, Backend::JustbuildExecute(&[]));
+    passes_as_directly(native, Backend::JustbuildExecute(&[]), COMPILES);
 }
 
 fn compatible(stage: &Stage, server: &Server) -> Built {
@@ -34,7 +38,6 @@ fn build(stage: &Stage, server: &Server, arguments: &[&str]) -> Built {
         .args(arguments)
         .arg("program");
     let (exit_code, said) = stage.run(&mut command);
-    eprintln!("{said}");
     // "Processed 5 actions, 2 cache hits."
     let processed = number_after(&said, "Processed ").unwrap_or_default();
     let cached = number_after(&said, " actions, ").unwrap_or_default();
@@ -45,6 +48,7 @@ fn build(stage: &Stage, server: &Server, arguments: &[&str]) -> Built {
             cached,
         },
         outputs: stage.outputs("installed", &["program"]),
+        said,
     }
 }
 

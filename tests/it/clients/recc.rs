@@ -5,12 +5,16 @@ use crate::support;
 
 #[test]
 fn a_build_by_recc_passes_as_directly() {
-    alike_to_the_last_action(build, Backend::Casd);
+    passes_as_directly(build, Backend::Casd, COMPILES);
 }
 
 #[test]
 fn a_build_by_recc_passes_as_directly_to_justbuild_execute() {
-    alike_to_the_last_action(build, Backend::JustbuildExecute(&["--compatible"]));
+    passes_as_directly(
+        build,
+        Backend::JustbuildExecute(&["--compatible"]),
+        COMPILES,
+    );
 }
 
 fn build(stage: &Stage, server: &Server) -> Built {
@@ -21,7 +25,6 @@ fn build(stage: &Stage, server: &Server) -> Built {
         .env("RECC_LINK", "1")
         .env("RECC_LOG_LEVEL", "info");
     let (exit_code, said) = stage.run(&mut command);
-    eprintln!("{said}");
     Built {
         exit_code,
         reported: Reported {
@@ -29,5 +32,6 @@ fn build(stage: &Stage, server: &Server) -> Built {
             cached: said.matches("Action Cache hit").count(),
         },
         outputs: stage.outputs(".", &["program", "main.o", "entry.o", "hash.o", "total.o"]),
+        said,
     }
 }

@@ -4,7 +4,7 @@ use super::*;
 
 #[test]
 fn a_build_by_siso_passes_as_directly() {
-    alike_to_the_last_action(build, Backend::Casd);
+    passes_as_directly(build, Backend::Casd, COMPILES);
 }
 
 fn build(stage: &Stage, server: &Server) -> Built {
@@ -15,7 +15,6 @@ fn build(stage: &Stage, server: &Server) -> Built {
         .args(["-reapi_insecure", "-reapi_instance", "", "-project", ""])
         .args(["-strict_remote", "-local_cache_enable=false"]);
     let (exit_code, said) = stage.run(&mut command);
-    eprintln!("{said}");
     // "noexec:0 local:0 remote:5 cache:0 skip:0"
     let number = |what| number_after(&said, what).unwrap_or_default();
     Built {
@@ -28,5 +27,6 @@ fn build(stage: &Stage, server: &Server) -> Built {
             "siso",
             &["program", "main.o", "entry.o", "hash.o", "total.o"],
         ),
+        said,
     }
 }

@@ -5,7 +5,7 @@ use crate::support;
 
 #[test]
 fn a_build_by_trexe_passes_as_directly() {
-    alike_to_the_last_action(build, Backend::Casd);
+    passes_as_directly(build, Backend::Casd, COMPILES);
 }
 
 fn build(stage: &Stage, server: &Server) -> Built {
@@ -15,7 +15,7 @@ fn build(stage: &Stage, server: &Server) -> Built {
         .arg(support::tool("trexe"))
         .arg(format!("--remote={}", server.address))
         .args(["--d=.", "--wait"]);
-    let (exit_code, _) = stage.run(&mut command);
+    let (exit_code, said) = stage.run(&mut command);
     let reported = |cached: &str| {
         let results = ["main", "entry", "hash", "total", "program"].map(|action| {
             let path = stage.path("project").join(format!("{action}.json"));
@@ -35,5 +35,6 @@ fn build(stage: &Stage, server: &Server) -> Built {
             cached: reported("true"),
         },
         outputs: stage.outputs(".", &["program", "main.o", "entry.o", "hash.o", "total.o"]),
+        said,
     }
 }
