@@ -11,6 +11,7 @@ fn build(stage: &Stage, server: &Server) -> Built {
     let mut command = stage.command(tool("bazel"));
     command
         .env("CC", stage.compiler())
+        .env("USER", "tester") // else it must be in /etc/passwd
         .args(["--batch", "--host_jvm_args=-XX:TieredStopAtLevel=1"])
         .arg(format!(
             "--output_user_root={}/bazel",
