@@ -10,7 +10,9 @@ use clap::ValueEnum;
 use serde::Serialize;
 
 use self::upstream::{UpstreamConfig, UpstreamConfigError};
-use crate::address::{Address, AddressError};
+use crate::address::{Address, AddressError, ListenAddress};
+use crate::tls::client::ClientTlsFiles;
+use crate::tls::server::ServerTlsFiles;
 
 /// What primed records and uses; each mode includes those before it.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, ValueEnum, Serialize)]
@@ -67,8 +69,18 @@ pub struct Config {
     pub upstream: Address,
     /// What happens to them on their way.
     pub on_the_way: UpstreamConfig,
+    /// How upstreams that are reached by TLS are verified.
+    pub upstream_tls: ClientTlsFiles,
     /// Where clients connect.
-    pub listen: Vec<Address>,
+    pub listen: Vec<ListenAddress>,
+    /// What TLS listeners show.
+    pub tls: Option<ServerTlsFiles>,
+    /// The users who may connect by Unix sockets; empty: whoever can reach the socket.
+    pub allow_uids: Vec<u32>,
+    /// How many clients may be connected at once.
+    pub max_connections: NonZero<usize>,
+    /// How many calls one client may have open on one connection.
+    pub max_streams: NonZero<u32>,
     /// Where `primed status` and `primed wait` connect.
     pub admin: Address,
     /// Where records are kept.
@@ -79,8 +91,6 @@ pub struct Config {
     pub max_speculative: NonZero<usize>,
     /// How long things may take on the way upstream.
     pub patience: Patience,
-    /// Calls that a client may have open on one connection.
-    pub max_streams: u32,
     /// Which client is to be pleased by a change to an answer.
     pub compat: Option<Compat>,
 }
@@ -110,6 +120,22 @@ pub enum ConfigError {
     /// What is to happen to calls on their way contradicts itself.
     #[error(transparent)]
     Upstream(#[from] UpstreamConfigError),
+    /// A TLS listener has nothing to show.
+    #[error("{0} needs a certificate; give --tls-cert and --tls-key")]
+    NoCertificate(Address),
+    /// Settings that would have no effect, where their absence matters.
+    #[error("{flag} has no effect: {reason}; {hint}")]
+    NoEffect {
+        /// The flag.
+        flag: &'static str,
+        /// Why.
+        reason: &'static str,
+        /// What to write.
+        hint: &'static str,
+    },
+    /// The admin address is no local one.
+    #[error("--admin {0}: admin pages are not served by TLS; give a Unix socket")]
+    AdminTls(Address),
 }
 
 /// The variables that defaults are made of.
@@ -121,6 +147,8 @@ pub struct Environment {
     pub state_home: Option<PathBuf>,
     /// `HOME`.
     pub home: Option<PathBuf>,
+    /// Whether the service manager passed sockets (`LISTEN_FDS`).
+    pub has_passed_sockets: bool,
 }
 
 impl Environment {
@@ -136,15 +164,23 @@ impl Environment {
             runtime_dir: path("XDG_RUNTIME_DIR"),
             state_home: path("XDG_STATE_HOME"),
             home: path("HOME"),
+            // What is malformed is reported by whoever takes the sockets.
+            has_passed_sockets: sd_notify::listen_fds().map_or(true, |sockets| sockets.len() > 0),
         }
     }
 
-    /// Where clients connect unless told otherwise.
+    /// Where clients connect unless told otherwise: by the service manager's sockets, if there
+    /// are any.
     ///
     /// # Errors
-    /// `NoDefault` without `XDG_RUNTIME_DIR`.
-    pub fn default_listen(&self) -> Result<Address, ConfigError> {
-        self.socket("remote-apis.sock", "--listen")
+    /// `NoDefault` without them and `XDG_RUNTIME_DIR`.
+    pub fn default_listen(&self) -> Result<ListenAddress, ConfigError> {
+        match self.has_passed_sockets {
+            true => Ok(ListenAddress::Passed(None)),
+            false => self
+                .socket("remote-apis.sock", "--listen")
+                .map(ListenAddress::At),
+        }
     }
 
     /// Where admin commands connect unless told otherwise.
@@ -188,14 +224,63 @@ impl Config {
     /// `ConfigError`, with what is wrong.
     pub fn check(self) -> Result<Self, ConfigError> {
         self.on_the_way.check()?;
-        let looping = std::iter::once(("--upstream", &self.upstream))
-            .chain(self.on_the_way.endpoints())
-            .find(|(_, address)| self.listen.contains(address))
-            .map(|(flag, address)| ConfigError::Loop {
+        let mut may_be_tls = false;
+        let mut may_be_unix = false;
+        for listen in &self.listen {
+            match listen {
+                ListenAddress::At(address) => {
+                    self.refuse_loop(address)?;
+                    if address.is_tls() && self.tls.is_none() {
+                        return Err(ConfigError::NoCertificate(address.clone()));
+                    }
+                    may_be_tls |= address.is_tls();
+                    may_be_unix |= address.is_unix();
+                }
+                ListenAddress::Passed(_) => (may_be_tls, may_be_unix) = (true, true),
+            }
+        }
+        let no_effect = |flag, reason, hint| ConfigError::NoEffect { flag, reason, hint };
+        if self.admin.is_tls() {
+            return Err(ConfigError::AdminTls(self.admin));
+        }
+        if self.tls.is_some() && !may_be_tls {
+            let hint = "write --listen grpcs://HOST:PORT";
+            return Err(no_effect("--tls-cert", "no --listen address is TLS", hint));
+        }
+        if !self.allow_uids.is_empty() && !may_be_unix {
+            let hint = "only there is the user of a client known";
+            return Err(no_effect(
+                "--allow-uid",
+                "no --listen address is a Unix socket",
+                hint,
+            ));
+        }
+        if let Some(flag) = self.upstream_tls.flag()
+            && !self.upstreams().any(|(_, address)| address.is_tls())
+        {
+            let hint = "write --upstream grpcs://HOST:PORT";
+            return Err(no_effect(flag, "no upstream is reached by TLS", hint));
+        }
+        Ok(self)
+    }
+
+    /// Refuses to listen where calls are forwarded to.
+    ///
+    /// # Errors
+    /// `Loop`.
+    pub fn refuse_loop(&self, listen: &Address) -> Result<(), ConfigError> {
+        match self.upstreams().find(|(_, address)| *address == listen) {
+            Some((flag, address)) => Err(ConfigError::Loop {
                 address: address.clone(),
                 flag,
-            });
-        looping.map_or(Ok(self), Err)
+            }),
+            None => Ok(()),
+        }
+    }
+
+    /// Every backend that calls are forwarded to, with the flag that names it.
+    pub fn upstreams(&self) -> impl Iterator<Item = (&'static str, &Address)> {
+        std::iter::once(("--upstream", &self.upstream)).chain(self.on_the_way.endpoints())
     }
 }
 
@@ -215,20 +300,29 @@ mod tests {
             runtime_dir: Some("/run/user/7".into()),
             state_home: None,
             home: Some("/home/me".into()),
+            has_passed_sockets: false,
         };
-        let shown = |address: Result<Address, _>| address.map(|address| address.to_string());
+        let listen = environment.default_listen().unwrap();
         assert_eq!(
-            shown(environment.default_listen()).as_deref(),
-            Ok("unix:/run/user/7/primed/remote-apis.sock")
+            listen.to_string(),
+            "unix:/run/user/7/primed/remote-apis.sock"
         );
-        assert_eq!(
-            shown(environment.default_admin()).as_deref(),
-            Ok("unix:/run/user/7/primed/admin.sock")
-        );
+        let admin = environment.default_admin().unwrap();
+        assert_eq!(admin.to_string(), "unix:/run/user/7/primed/admin.sock");
         assert_eq!(
             environment.default_state_dir(),
             Ok("/home/me/.local/state/primed".into())
         );
+    }
+
+    #[test]
+    fn passed_sockets_stand_in_for_the_default_address() {
+        let environment = Environment {
+            has_passed_sockets: true,
+            ..Environment::default()
+        };
+        let listen = environment.default_listen();
+        assert_eq!(listen, Ok(ListenAddress::Passed(None)));
     }
 
     #[test]

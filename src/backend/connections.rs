@@ -12,7 +12,7 @@ use parking_lot::Mutex;
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::time::Instant;
 
-use super::dial::dial;
+use super::dial::Dialer;
 use super::exchange::Connection;
 use super::health::UpstreamHealth;
 use super::keep_alive::{Counted, Received, until_dead};
@@ -41,7 +41,7 @@ pub struct ConnectError {
 
 /// Connections to one address.
 pub struct Connections {
-    address: Address,
+    dialer: Dialer,
     health: Arc<UpstreamHealth>,
     keep_alive: Duration,
     slots: [Slot; CONNECTIONS],
@@ -63,10 +63,10 @@ struct BackOff {
 }
 
 impl Connections {
-    /// Connections to `address`, made when they are first needed.
-    pub fn new(address: Address, health: Arc<UpstreamHealth>, keep_alive: Duration) -> Self {
+    /// Connections to where `dialer` leads, made when they are first needed.
+    pub fn new(dialer: Dialer, health: Arc<UpstreamHealth>, keep_alive: Duration) -> Self {
         Connections {
-            address,
+            dialer,
             health,
             keep_alive,
             slots: Default::default(),
@@ -81,9 +81,14 @@ impl Connections {
     /// `ConnectError`, when there is none within `patience`.
     pub async fn ready(&self, patience: Duration) -> Result<Connection, ConnectError> {
         let slot = &self.slots[self.next.fetch_add(1, Ordering::Relaxed) % CONNECTIONS];
-        if let Some(open) = slot.open() {
-            return Ok(open);
+        match slot.open() {
+            Some(open) => Ok(open),
+            // Boxed: it is rare, and large for something that is part of every call.
+            None => Box::pin(self.connected(slot, patience)).await,
         }
+    }
+
+    async fn connected(&self, slot: &Slot, patience: Duration) -> Result<Connection, ConnectError> {
         let deadline = Instant::now() + patience;
         loop {
             let (pause_ends, error) = match self.turn(slot).await {
@@ -126,14 +131,14 @@ impl Connections {
                 Ok(open)
             }
             Err(source) => {
-                self.health.failed(&self.address, &source);
+                self.health.failed(self.dialer.address(), &source);
                 let error = ConnectError {
-                    address: self.address.clone(),
+                    address: self.dialer.address().clone(),
                     source: Arc::new(source),
                 };
-                let longest = match &self.address {
-                    Address::Unix(_) | Address::Abstract(_) => LONGEST_LOCAL_PAUSE,
-                    Address::Tcp { .. } => LONGEST_PAUSE,
+                let longest = match self.dialer.address().is_unix() {
+                    true => LONGEST_LOCAL_PAUSE,
+                    false => LONGEST_PAUSE,
                 };
                 let mut back_off = self.back_off.lock();
                 back_off.pause = (back_off.pause * 2).clamp(FIRST_PAUSE, longest);
@@ -146,7 +151,7 @@ impl Connections {
 
     async fn open(&self) -> io::Result<Connection> {
         let received = Received::default();
-        let stream = Counted::new(dial(&self.address).await?, received.clone());
+        let stream = Counted::new(self.dialer.dial().await?, received.clone());
         let (calls, mut connection) = Builder::new()
             .initial_window_size(STREAM_WINDOW)
             .initial_connection_window_size(UPSTREAM_WINDOW)
@@ -161,23 +166,18 @@ impl Connections {
                 Some(error) => error,
                 None => io::ErrorKind::InvalidData.into(),
             })?;
-        self.health.opened(&self.address);
+        self.health.opened(self.dialer.address());
         let open = Connection {
             calls,
             open: Arc::default(),
         };
-        let watched = match (&self.address, connection.ping_pong()) {
-            // A Unix socket's other end cannot vanish in silence.
-            (Address::Unix(_) | Address::Abstract(_), _) | (_, None) => None,
-            (Address::Tcp { .. }, Some(ping_pong)) => Some(until_dead(
-                open.open.clone(),
-                ping_pong,
-                received,
-                self.keep_alive,
-            )),
-        };
+        // A Unix socket's other end cannot vanish in silence.
+        let by_network = !self.dialer.address().is_unix();
+        let ping_pong = by_network.then(|| connection.ping_pong()).flatten();
+        let watched = ping_pong
+            .map(|ping_pong| until_dead(open.open.clone(), ping_pong, received, self.keep_alive));
         let driven = drive(connection, watched, self.keep_alive);
-        let (health, address) = (self.health.clone(), self.address.clone());
+        let (health, address) = (self.health.clone(), self.dialer.address().clone());
         task::spawn("upstream connection", async move {
             let ended = driven.await;
             health.closed();

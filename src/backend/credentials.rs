@@ -62,7 +62,7 @@ impl Credentials {
             fixed.append(header.name.clone(), header.value.clone());
         }
         let host = match address {
-            Address::Tcp { host, .. } => Some(host.as_str()),
+            Address::Tcp { host, .. } | Address::Tls { host, .. } => Some(host.as_str()),
             Address::Unix(_) | Address::Abstract(_) => None,
         };
         if let Some(program) = config.credential_helper(host) {
@@ -125,15 +125,12 @@ pub fn replace(headers: &mut HeaderMap, own: &HeaderMap) {
 /// How a credential helper is told of `address`. Bazel names the service too; primed asks once
 /// for all of them.
 fn uri(address: &Address) -> String {
-    match address {
-        Address::Tcp { .. } => {
-            let authority = address.to_string();
-            format!(
-                "https://{}/",
-                authority.strip_suffix(":443").unwrap_or(&authority)
-            )
+    match address.authority() {
+        Some(authority) => {
+            let authority = authority.strip_suffix(":443").unwrap_or(&authority);
+            format!("https://{authority}/")
         }
-        Address::Unix(_) | Address::Abstract(_) => address.to_string(),
+        None => address.to_string(),
     }
 }
 

@@ -12,6 +12,7 @@ use h2::client::{ResponseFuture, SendRequest};
 use http::{HeaderMap, Request, Response};
 use http_body::Frame;
 
+use crate::grpc;
 use crate::http2::body::{Body, BodyError};
 use crate::http2::pump::{Pump, PumpError, Sink, Witness};
 
@@ -67,6 +68,7 @@ pub struct Exchange {
 }
 
 /// The request's direction of a call.
+#[derive(Default)]
 struct Sending {
     /// None once all of it is on its way.
     pump: Option<Pump>,
@@ -116,13 +118,9 @@ impl Witness for Kept {
 }
 
 /// What came of waiting for an answer.
-#[allow(
-    clippy::large_enum_variant,
-    reason = "it is taken apart at once; a box would cost every call"
-)]
 pub enum Begun {
-    /// It has begun.
-    Answer(Answer),
+    /// It has begun. Boxed, for it is passed through many hands.
+    Answer(Box<Answer>),
     /// The upstream went away (GOAWAY) without having looked at the call, which may be sent anew.
     NotProcessed(Body, h2::Error),
 }
@@ -150,52 +148,48 @@ impl Exchange {
         })
     }
 
-    /// Waits for the answer's headers, sending the request meanwhile.
-    ///
-    /// # Errors
-    /// `CallError`, when there will be none.
-    pub async fn answer(mut self) -> Result<Begun, CallError> {
-        let head = poll_fn(|cx| {
-            self.request.poll(cx, &mut self.kept)?;
-            Pin::new(&mut self.response)
-                .poll(cx)
-                .map(|head| match head {
-                    Ok(head) => Ok(Ok(head)),
-                    // Streams that a GOAWAY counts as not processed fail with it; others go on.
-                    Err(error) if error.is_go_away() && error.is_remote() => Ok(Err(error)),
-                    Err(error) => Err(CallError::from(error)),
-                })
-        })
-        .await?;
-        match head {
-            Ok(head) => {
-                let (head, body) = head.into_parts();
-                Ok(Begun::Answer(Answer {
-                    head: Response::from_parts(head, ()),
-                    body: Body::stream(body),
-                    request: self.request,
-                }))
-            }
-            Err(error) => match self.into_request() {
-                Some(body) => Ok(Begun::NotProcessed(body, error)),
-                None => Err(CallError::Broken(error)),
-            },
-        }
-    }
-
     /// The request from its beginning, if it is all still there.
-    fn into_request(self) -> Option<Body> {
-        let kept = self.kept;
+    fn take_request(&mut self) -> Option<Body> {
+        let kept = std::mem::take(&mut self.kept);
         if kept.size > MAX_KEPT {
             return None;
         }
-        let mut body = match self.request.pump {
+        let mut body = match self.request.pump.take() {
             // What the pump itself still holds was kept too.
             Some(pump) => pump.into_source(),
             None => Body::empty(),
         };
         body.put_back(kept.chunks);
         Some(body)
+    }
+}
+
+/// Waits for the answer's headers, sending the request meanwhile. Not to be polled again then.
+///
+/// # Errors
+/// `CallError`, when there will be none.
+impl Future for Exchange {
+    type Output = Result<Begun, CallError>;
+
+    fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
+        let this = &mut *self;
+        this.request.poll(cx, &mut this.kept)?;
+        Poll::Ready(match ready!(Pin::new(&mut this.response).poll(cx)) {
+            Ok(head) => {
+                let (head, body) = head.into_parts();
+                Ok(Begun::Answer(Box::new(Answer {
+                    head: Response::from_parts(head, ()),
+                    body: Body::stream(body),
+                    request: std::mem::take(&mut this.request),
+                })))
+            }
+            // Streams that a GOAWAY counts as not processed fail with it; others go on.
+            Err(error) if error.is_go_away() && error.is_remote() => match this.take_request() {
+                Some(body) => Ok(Begun::NotProcessed(body, error)),
+                None => Err(CallError::Broken(error)),
+            },
+            Err(error) => Err(error.into()),
+        })
     }
 }
 
@@ -228,7 +222,7 @@ impl Answer {
     ///
     /// # Errors
     /// `CallError`, when the answer breaks off instead.
-    pub async fn bare_trailers(&mut self) -> Result<Option<&HeaderMap>, CallError> {
+    async fn bare_trailers(&mut self) -> Result<Option<&HeaderMap>, CallError> {
         let Answer { body, request, .. } = self;
         poll_fn(|cx| {
             request.poll(cx, &mut ())?;
@@ -238,8 +232,17 @@ impl Answer {
         Ok(body.bare_trailers())
     }
 
+    /// The gRPC status, as far as it is known before any message.
+    pub async fn early_status(&mut self) -> Option<u32> {
+        match grpc::status(self.head.headers()) {
+            Some(status) => Some(status),
+            // That an answer broke off is seen again when it is passed on.
+            None => self.bare_trailers().await.ok()?.and_then(grpc::status),
+        }
+    }
+
     /// Passes the body on, while the rest of the request goes the other way.
-    pub async fn pass_on<W: Witness>(self, to: Sink, witness: &mut W) -> Passed {
+    pub async fn pass_on<W: Witness>(self: Box<Self>, to: Sink, witness: &mut W) -> Passed {
         let mut request = self.request;
         let mut answer = Pump::new(self.body, to);
         let broken = poll_fn(|cx| {

@@ -71,7 +71,7 @@ impl Remote {
 struct Caller(Arc<Upstream>);
 
 impl tower::Service<http::Request<tonic::body::Body>> for Caller {
-    type Response = http::Response<Answer>;
+    type Response = http::Response<Box<Answer>>;
     type Error = Status;
     type Future = Pin<Box<dyn Future<Output = Result<Self::Response, Status>> + Send>>;
 

@@ -13,15 +13,15 @@ use parking_lot::Mutex;
 use prost::Message;
 use tonic::Code;
 
-use super::{Call, Proxy, Reply, grpc};
+use super::{Call, Proxy, Reply};
 use crate::address::Address;
 use crate::backend::exchange::Answer;
 use crate::backend::upstream::UpstreamError;
 use crate::config::Compat;
+use crate::grpc::{self, Framed, split_message};
 use crate::reapi::build::bazel::semver::SemVer;
 use crate::reapi::primed::store::v1::RememberedCapabilities;
 use crate::reapi::{GetCapabilitiesRequest, ServerCapabilities};
-use crate::speculation::observation::{Framed, split_message};
 use crate::task;
 
 pub const METHOD: &str = "/build.bazel.remote.execution.v2.Capabilities/GetCapabilities";
@@ -108,7 +108,7 @@ impl Capabilities {
     }
 }
 
-pub async fn call(proxy: &Proxy, call: Call, mut reply: Reply) {
+pub async fn call(proxy: Arc<Proxy>, call: Call, mut reply: Reply) {
     let mut call = call;
     let Some(message) = reply.unless_gone(call.first_message(MAX_REQUEST)).await else {
         return;
@@ -132,14 +132,14 @@ pub async fn call(proxy: &Proxy, call: Call, mut reply: Reply) {
             }
         }
         (Some(Ok(answer)), _) if !answer.is_end_stream() => {
-            pass_on(proxy, instance_name, answer, reply).await;
+            pass_on(&proxy, instance_name, answer, reply).await;
         }
         (Some(answer), _) => reply.finish(answer, None).await,
     }
 }
 
 /// Passes an answer on when it is all there, and remembers it if it is good.
-async fn pass_on(proxy: &Proxy, instance: String, mut answer: Answer, mut reply: Reply) {
+async fn pass_on(proxy: &Proxy, instance: String, mut answer: Box<Answer>, mut reply: Reply) {
     let mut head = std::mem::take(&mut answer.head);
     let whole = match reply.unless_gone(answer.collect()).await {
         Some(Ok(whole)) => whole,

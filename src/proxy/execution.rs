@@ -2,11 +2,14 @@
 //! and the result of the execution that is under way. If that one ends otherwise than with a
 //! result, the client's own call is forwarded.
 
+use std::sync::Arc;
 use tokio::sync::watch;
+
 use tonic::Code;
 
 use super::tap::{Method, Tap};
-use super::{Asked, Call, MAX_OBSERVED_REQUEST, Proxy, Reply, about, asked, grpc};
+use super::{Asked, Call, MAX_OBSERVED_REQUEST, Proxy, Reply, about, asked};
+use crate::grpc;
 use crate::reapi::ExecuteRequest;
 use crate::speculation::Engine;
 use crate::speculation::flights::{Ending, Stage};
@@ -14,7 +17,7 @@ use crate::speculation::observation::{Answer, Call as Observed};
 
 pub const METHOD: &str = "/build.bazel.remote.execution.v2.Execution/Execute";
 
-pub async fn call(proxy: &Proxy, engine: &Engine, call: Call, mut reply: Reply) {
+pub async fn call(proxy: Arc<Proxy>, engine: Engine, call: Call, mut reply: Reply) {
     let mut call = call;
     let Some(message) = reply
         .unless_gone(call.first_message(MAX_OBSERVED_REQUEST))
@@ -46,17 +49,17 @@ pub async fn call(proxy: &Proxy, engine: &Engine, call: Call, mut reply: Reply) 
 }
 
 /// Forwards the client's own call, observed.
-async fn own_call(proxy: &Proxy, engine: &Engine, call: Call, observed: Observed, reply: Reply) {
+async fn own_call(proxy: Arc<Proxy>, engine: Engine, call: Call, observed: Observed, reply: Reply) {
     let guard = engine.flights().client_executes(observed.key.clone());
-    let tap = Tap::new(engine.clone(), Method::Execution, observed).holding(guard);
+    let tap = Tap::new(engine, Method::Execution, observed).holding(guard);
     proxy.forward(call, reply, Some(tap)).await;
 }
 
 /// Tells the client what becomes of the flight that it joins. Nothing is sent before the flight has
 /// something to tell, so that one that comes to nothing leaves no trace in the client's own call.
 async fn joined(
-    proxy: &Proxy,
-    engine: &Engine,
+    proxy: Arc<Proxy>,
+    engine: Engine,
     call: Call,
     mut observed: Observed,
     mut stage: watch::Receiver<Stage>,

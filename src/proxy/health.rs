@@ -2,14 +2,17 @@
 //! (buildbox-casd does not) or cannot be reached, primed tells whether the upstream can be reached.
 //! All services are the upstream's, so what holds for it holds for each of them.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
 use tonic::Code;
 
-use super::{Call, Proxy, Reply, grpc};
+use super::{Call, Proxy, Reply};
+use crate::backend::endpoints::Endpoint;
 use crate::backend::health::UpstreamState;
 use crate::backend::upstream::UpstreamError;
+use crate::grpc;
 
 pub const CHECK: &str = "/grpc.health.v1.Health/Check";
 pub const WATCH: &str = "/grpc.health.v1.Health/Watch";
@@ -19,7 +22,7 @@ const MAX_REQUEST: usize = 4 * 1024;
 /// How often an upstream that cannot be reached is tried again while somebody watches.
 const PROBE: Duration = Duration::from_secs(2);
 
-pub async fn call(proxy: &Proxy, call: Call, mut reply: Reply) {
+pub async fn call(proxy: Arc<Proxy>, call: Call, mut reply: Reply) {
     let watches = call.head.path.path() == WATCH;
     let mut call = call;
     if reply
@@ -33,7 +36,7 @@ pub async fn call(proxy: &Proxy, call: Call, mut reply: Reply) {
         return;
     };
     let known_to_upstream = match &mut answer {
-        Ok(answer) => match reply.unless_gone(grpc::early_status(answer)).await {
+        Ok(answer) => match reply.unless_gone(answer.early_status()).await {
             Some(status) => status != Some(Code::Unimplemented as u32),
             None => return,
         },
@@ -44,7 +47,7 @@ pub async fn call(proxy: &Proxy, call: Call, mut reply: Reply) {
         return reply.finish(answer, None).await;
     }
     drop(answer);
-    let mut state = proxy.health.state();
+    let mut state = proxy.upstream.health().state();
     loop {
         let Some(rest) = reply.message(response(state)).await else {
             return;
@@ -53,7 +56,7 @@ pub async fn call(proxy: &Proxy, call: Call, mut reply: Reply) {
         if !watches {
             return reply.end(Code::Ok, "");
         }
-        let Some(new) = reply.unless_gone(change(proxy, state)).await else {
+        let Some(new) = reply.unless_gone(change(&proxy, state)).await else {
             return;
         };
         state = new;
@@ -65,14 +68,14 @@ async fn change(proxy: &Proxy, known: UpstreamState) -> UpstreamState {
     let serving = |state| state != UpstreamState::Unavailable;
     let mut state = known;
     while serving(state) == serving(known) {
-        let changed = proxy.health.changed_from(state);
+        let changed = proxy.upstream.health().changed_from(state);
         state = match tokio::time::timeout(PROBE, changed).await {
             Ok(state) => state,
             Err(_) if serving(state) => continue,
             Err(_) => {
                 // Whether it succeeds, the state shows.
-                let _ = proxy.upstream.reach(Duration::ZERO).await;
-                proxy.health.state()
+                let _ = proxy.upstream.reach(Endpoint::Rest, Duration::ZERO).await;
+                proxy.upstream.health().state()
             }
         };
     }

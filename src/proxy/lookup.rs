@@ -2,12 +2,13 @@
 //! to a bound. What the client is told is always the upstream's answer, with one exception: a
 //! failed speculative execution is not shown to a lookup that would have found nothing.
 
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use tonic::Code;
 
 use super::tap::{Method, Tap};
-use super::{Asked, Call, MAX_OBSERVED_REQUEST, Proxy, Reply, about, asked, grpc};
+use super::{Asked, Call, MAX_OBSERVED_REQUEST, Proxy, Reply, about, asked};
 use crate::backend::exchange as backend;
 use crate::backend::upstream::UpstreamError;
 use crate::reapi::GetActionResultRequest;
@@ -20,7 +21,7 @@ pub const METHOD: &str = "/build.bazel.remote.execution.v2.ActionCache/GetAction
 /// How long the engine may take to work out what is about to be executed.
 const MAX_QUESTION: Duration = Duration::from_secs(2);
 
-pub async fn call(proxy: &Proxy, engine: &Engine, call: Call, mut reply: Reply) {
+pub async fn call(proxy: Arc<Proxy>, engine: Engine, call: Call, mut reply: Reply) {
     let mut call = call;
     let Some(message) = reply
         .unless_gone(call.first_message(MAX_OBSERVED_REQUEST))
@@ -47,13 +48,13 @@ pub async fn call(proxy: &Proxy, engine: &Engine, call: Call, mut reply: Reply) 
             };
             observed_call(proxy, engine, call, observed, reply).await;
         }
-        Asked::LeftAlone => proxy.forward(call, reply, None).await,
+        Asked::LeftAlone => Box::pin(proxy.forward(call, reply, None)).await,
     }
 }
 
 async fn observed_call(
-    proxy: &Proxy,
-    engine: &Engine,
+    proxy: Arc<Proxy>,
+    engine: Engine,
     mut call: Call,
     mut observed: Observed,
     mut reply: Reply,
@@ -63,15 +64,15 @@ async fn observed_call(
     loop {
         if let Some(mut stage) = engine.flights().join(&observed.key) {
             let flight = tokio::time::timeout_at(deadline.into(), ending(&mut stage));
-            match reply.unless_gone(flight).await {
+            match reply.unless_gone(Box::pin(flight)).await {
                 Some(Ok(Ending::Succeeded(_))) => observed.joined = Some(call.began.elapsed()),
-                Some(Ok(Ending::Failed)) => return hidden_failure(engine, observed, reply),
+                Some(Ok(Ending::Failed)) => return hidden_failure(&engine, observed, reply),
                 Some(Ok(Ending::Cached | Ending::Abandoned) | Err(_)) => {}
                 None => return,
             }
         }
         if engine.flights().has_failed(&observed.key) {
-            return hidden_failure(engine, observed, reply);
+            return hidden_failure(&engine, observed, reply);
         }
         // A request that cannot be sent twice is not held for a question.
         let later = match questioned {
@@ -88,7 +89,7 @@ async fn observed_call(
             questioned = true;
             let patience = deadline.min(Instant::now() + MAX_QUESTION);
             let question = engine.ask(observed.origin.clone(), observed.key.clone(), patience);
-            if reply.unless_gone(question).await.is_none() {
+            if reply.unless_gone(Box::pin(question)).await.is_none() {
                 return;
             }
             if engine.flights().is_expected(&observed.key) {
@@ -102,11 +103,11 @@ async fn observed_call(
 }
 
 /// Whether an answer says so far that there is no result.
-async fn has_no_result(answer: &mut Result<backend::Answer, UpstreamError>) -> bool {
+async fn has_no_result(answer: &mut Result<Box<backend::Answer>, UpstreamError>) -> bool {
     let Ok(answer) = answer else {
         return false;
     };
-    grpc::early_status(answer).await == Some(Code::NotFound as u32)
+    answer.early_status().await == Some(Code::NotFound as u32)
 }
 
 /// Tells the client that there is no result, as it would have been told without primed.

@@ -5,7 +5,6 @@
 
 mod capabilities;
 mod execution;
-mod grpc;
 mod health;
 mod lookup;
 mod reply;
@@ -22,16 +21,18 @@ use http::Request;
 use http::uri::PathAndQuery;
 use prost::Message;
 
+use crate::backend::endpoints::Endpoint;
 use crate::backend::exchange::Answer;
-use crate::backend::health::UpstreamHealth;
 use crate::backend::remote::REQUEST_METADATA_KEY;
 use crate::backend::upstream::{Head, Upstream, UpstreamError};
 use crate::cas::Digest;
+use crate::grpc::{self, Framed, joined, split_message};
 use crate::http2::body::Body;
 use crate::reapi::{self, digest_function};
 use crate::speculation::Engine;
 use crate::speculation::flights::FlightKey;
-use crate::speculation::observation::{CallOrigin, Framed, Observation, joined, split_message};
+use crate::speculation::observation::{CallOrigin, Observation};
+use crate::task;
 use crate::workspace::peer::Peer;
 
 pub use capabilities::Capabilities;
@@ -47,8 +48,6 @@ const MAX_HOLD: Duration = Duration::from_secs(60);
 pub struct Proxy {
     /// Where calls go.
     pub upstream: Upstream,
-    /// Whether they get there.
-    pub health: Arc<UpstreamHealth>,
     /// What the upstream can do, as it last said.
     pub capabilities: Arc<Capabilities>,
     /// Without an engine nothing is observed.
@@ -85,8 +84,9 @@ struct Call {
 }
 
 impl Proxy {
-    /// Answers one call of `client`.
-    pub async fn serve(&self, client: &Client, request: Request<RecvStream>, reply: Reply) {
+    /// Answers one call of `client`, in a task of its own. A method has a task of its own kind, for
+    /// what a task may come to hold is moved about when it starts.
+    pub fn serve(self: &Arc<Self>, client: &Client, request: Request<RecvStream>, reply: Reply) {
         let first = !client.has_called.swap(true, Ordering::Relaxed);
         let (parts, body) = request.into_parts();
         let path = parts.uri.into_parts().path_and_query;
@@ -103,33 +103,48 @@ impl Proxy {
         if let (Some(engine), true) = (&self.engine, first) {
             engine.observe(Observation::FirstCall(call.origin()));
         }
+        let this = self.clone();
         match (call.head.path.path(), &self.engine) {
-            (lookup::METHOD, Some(engine)) => lookup::call(self, engine, call, reply).await,
-            (execution::METHOD, Some(engine)) => execution::call(self, engine, call, reply).await,
-            (capabilities::METHOD, _) => capabilities::call(self, call, reply).await,
-            (health::CHECK | health::WATCH, _) => health::call(self, call, reply).await,
-            _ => self.forward(call, reply, None).await,
+            (lookup::METHOD, Some(engine)) => {
+                task::spawn("lookup", lookup::call(this, engine.clone(), call, reply));
+            }
+            (execution::METHOD, Some(engine)) => {
+                task::spawn(
+                    "execution",
+                    execution::call(this, engine.clone(), call, reply),
+                );
+            }
+            (capabilities::METHOD, _) => {
+                task::spawn("capabilities", capabilities::call(this, call, reply));
+            }
+            (health::CHECK | health::WATCH, _) => {
+                task::spawn("health", health::call(this, call, reply));
+            }
+            _ => {
+                task::spawn("call", this.forward(call, reply, None));
+            }
         }
     }
 
     /// Sends a call upstream as it is, and its answer back. What goes wrong on the way becomes a
     /// gRPC status.
-    async fn forward(&self, call: Call, mut reply: Reply, tap: Option<Tap>) {
+    async fn forward(self: Arc<Self>, call: Call, mut reply: Reply, tap: Option<Tap>) {
         if let Some(answer) = reply.unless_gone(self.send(call)).await {
             reply.finish(answer, tap).await;
         }
     }
 
     /// Sends a call upstream as it is, and returns when its answer has begun.
-    async fn send(&self, call: Call) -> Result<Answer, UpstreamError> {
+    fn send(&self, call: Call) -> impl Future<Output = Result<Box<Answer>, UpstreamError>> {
         let mut head = call.head;
         grpc::deduct_from_timeout(&mut head.headers, call.began);
-        self.upstream.call(head, call.body).await
+        self.upstream.call(head, call.body)
     }
 
     /// As `send`, but fails at once where there is no connection.
-    async fn send_at_once(&self, call: Call) -> Result<Answer, UpstreamError> {
-        self.upstream.reach(Duration::ZERO).await?;
+    async fn send_at_once(&self, call: Call) -> Result<Box<Answer>, UpstreamError> {
+        let endpoint = Endpoint::of_path(call.head.path.path());
+        self.upstream.reach(endpoint, Duration::ZERO).await?;
         self.send(call).await
     }
 }

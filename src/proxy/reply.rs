@@ -1,20 +1,22 @@
 //! The client's side of one call: what it is told, and whether it is still there.
 
 use std::future::{Future, poll_fn};
-use std::pin::pin;
-use std::task::Poll;
+use std::pin::Pin;
+use std::task::{Context, Poll};
 
 use bytes::Bytes;
 use h2::Reason;
 use h2::server::SendResponse;
 use http::Response;
 use http::header::{CONTENT_TYPE, HeaderMap, HeaderValue};
+use pin_project_lite::pin_project;
 use tonic::Code;
 
-use super::grpc;
 use super::tap::Tap;
 use crate::backend::exchange::{Answer, CallError, Passed};
+use crate::backend::instance_rewriter::RewriteError;
 use crate::backend::upstream::UpstreamError;
+use crate::grpc;
 use crate::http2::pump::{Gone, Sink};
 
 const APPLICATION_GRPC: HeaderValue = HeaderValue::from_static("application/grpc");
@@ -30,16 +32,11 @@ pub enum Reply {
 
 impl Reply {
     /// The output of `future`, or `None` if the client goes away before that.
-    pub async fn unless_gone<F: Future>(&mut self, future: F) -> Option<F::Output> {
-        let mut future = pin!(future);
-        poll_fn(|cx| match future.as_mut().poll(cx) {
-            Poll::Ready(output) => Poll::Ready(Some(output)),
-            Poll::Pending => match self {
-                Reply::Due(stream) => stream.poll_reset(cx).map(|_| None),
-                Reply::Begun(sink) => sink.poll_gone(cx).map(|_| None),
-            },
-        })
-        .await
+    pub fn unless_gone<F: Future>(&mut self, future: F) -> UnlessGone<'_, F> {
+        UnlessGone {
+            reply: self,
+            future,
+        }
     }
 
     /// Ends the call with a status of primed's own.
@@ -95,7 +92,7 @@ impl Reply {
     }
 
     /// Passes on what came of a call.
-    pub async fn finish(self, answer: Result<Answer, UpstreamError>, tap: Option<Tap>) {
+    pub async fn finish(self, answer: Result<Box<Answer>, UpstreamError>, tap: Option<Tap>) {
         match answer {
             Ok(answer) => self.pass_on(answer, tap).await,
             Err(error) => self.fail(&error, tap),
@@ -103,7 +100,7 @@ impl Reply {
     }
 
     /// Passes the upstream's answer on to its end, while `tap` sees it.
-    async fn pass_on(self, answer: Answer, tap: Option<Tap>) {
+    async fn pass_on(self, answer: Box<Answer>, tap: Option<Tap>) {
         let mut tap = tap;
         let mut answer = answer;
         let head = std::mem::take(&mut answer.head);
@@ -140,8 +137,15 @@ impl Reply {
                 }
                 return self.reset(*reason);
             }
+            UpstreamError::Call(CallError::Request(error)) if error.is::<RewriteError>() => {
+                return self.end(Code::Unimplemented, &error.to_string());
+            }
             // The client itself broke off.
             UpstreamError::Call(CallError::Request(_)) => return self.reset(Reason::CANCEL),
+            UpstreamError::Credentials(_) => (
+                Code::Unauthenticated,
+                "see --credential-helper of `primed serve`",
+            ),
             UpstreamError::Connect(_) => {
                 (Code::Unavailable, "is it running, and is this its address?")
             }
@@ -153,6 +157,29 @@ impl Reply {
             tap.end(Some(status as u32));
         }
         self.end(status, &format!("primed: {error}; {hint}"));
+    }
+}
+
+pin_project! {
+    /// See `Reply::unless_gone`. A type of its own, because an `async fn` would hold the future
+    /// twice.
+    pub struct UnlessGone<'a, F> {
+        reply: &'a mut Reply,
+        #[pin]
+        future: F,
+    }
+}
+
+impl<F: Future> Future for UnlessGone<'_, F> {
+    type Output = Option<F::Output>;
+
+    fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
+        let this = self.project();
+        match (this.future.poll(cx), this.reply) {
+            (Poll::Ready(output), _) => Poll::Ready(Some(output)),
+            (Poll::Pending, Reply::Due(stream)) => stream.poll_reset(cx).map(|_| None),
+            (Poll::Pending, Reply::Begun(sink)) => sink.poll_gone(cx).map(|_| None),
+        }
     }
 }
 

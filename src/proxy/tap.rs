@@ -4,7 +4,7 @@
 use bytes::Bytes;
 use http::HeaderMap;
 
-use super::grpc;
+use crate::grpc;
 use crate::http2::pump::Witness;
 use crate::speculation::Engine;
 use crate::speculation::observation::{Answer, Call, Observation};

@@ -15,7 +15,6 @@ use crate::http2::{
     SEND_BUFFER, STREAM_WINDOW,
 };
 use crate::proxy::{Client, Proxy, Reply};
-use crate::task;
 use crate::workspace::peer::Peer;
 
 /// A client that cancels a burst of calls is no attack: h2's own limit (20) closes the connection.
@@ -37,7 +36,7 @@ pub async fn serve<S>(
 where
     S: AsyncRead + AsyncWrite + Unpin,
 {
-    let client = Arc::new(Client::new(peer));
+    let client = Client::new(peer);
     // Waits until the shards are told to stop, or nobody is left to tell them.
     let stopping = async {
         let _ = shutdown.wait_for(|stop| *stop).await;
@@ -82,10 +81,7 @@ where
         };
         match accepted {
             Some(Ok((request, reply))) => {
-                let (proxy, client) = (proxy.clone(), client.clone());
-                task::spawn("call", async move {
-                    proxy.serve(&client, request, Reply::Due(reply)).await;
-                });
+                proxy.serve(&client, request, Reply::Due(reply));
             }
             Some(Err(error)) if error.is_io() => return Ok(()),
             Some(Err(error)) => return Err(error.to_string()),

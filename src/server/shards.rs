@@ -9,17 +9,15 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
-use tokio::net::{TcpStream, UnixStream};
 use tokio::sync::{mpsc, watch};
-use tokio_util::either::Either;
 use tokio_util::task::TaskTracker;
 
 use super::connection;
-use crate::backend::dial::Stream;
+use super::listen::Accepted;
 use crate::proxy::Proxy;
 use crate::speculation::observation::Observation;
 use crate::task;
-use crate::workspace::peer::{Peer, PeerOrigin};
+use crate::workspace::peer::Peer;
 
 /// Connections that may wait for a shard to pick them up.
 const BACKLOG: usize = 1024;
@@ -30,15 +28,9 @@ pub struct Shards {
 }
 
 struct Shard {
-    connections: mpsc::Sender<(Socket, PeerOrigin)>,
+    connections: mpsc::Sender<Accepted>,
     open: Arc<AtomicUsize>,
     thread: JoinHandle<()>,
-}
-
-/// A connected socket between two runtimes.
-enum Socket {
-    Unix(std::os::unix::net::UnixStream),
-    Tcp(std::net::TcpStream),
 }
 
 impl Shards {
@@ -78,17 +70,13 @@ impl Shards {
     }
 
     /// Gives a connection to the shard with the fewest.
-    pub fn serve(&self, stream: Stream, origin: PeerOrigin) -> io::Result<()> {
-        let socket = match stream {
-            Either::Left(unix) => Socket::Unix(unix.into_std()?),
-            Either::Right(tcp) => Socket::Tcp(tcp.into_std()?),
-        };
+    pub fn serve(&self, accepted: Accepted) -> io::Result<()> {
         let least = |shard: &&Shard| shard.open.load(Ordering::Relaxed);
         let Some(shard) = self.shards.iter().min_by_key(least) else {
             return Ok(());
         };
         shard.open.fetch_add(1, Ordering::Relaxed);
-        shard.connections.try_send((socket, origin)).map_err(|_| {
+        shard.connections.try_send(accepted).map_err(|_| {
             shard.open.fetch_sub(1, Ordering::Relaxed);
             io::Error::other("too many connections wait to be served")
         })
@@ -115,27 +103,19 @@ struct Worker {
 }
 
 impl Worker {
-    async fn run(self, mut accepted: mpsc::Receiver<(Socket, PeerOrigin)>) {
+    async fn run(self, mut accepted: mpsc::Receiver<Accepted>) {
         let serving = TaskTracker::new();
         let mut shutdown = self.shutdown.clone();
         loop {
-            let (socket, origin) = tokio::select! {
+            let accepted = tokio::select! {
                 next = accepted.recv() => match next {
                     Some(next) => next,
                     None => break,
                 },
                 () = stopped(&mut shutdown) => break,
             };
-            match socket.into_stream() {
-                Ok(stream) => {
-                    let connection = self.connection(stream, Arc::new(Peer::new(origin)));
-                    task::spawn("connection", serving.track_future(connection));
-                }
-                Err(error) => {
-                    self.open.fetch_sub(1, Ordering::Relaxed);
-                    tracing::warn!(%error, "a connection could not be taken over");
-                }
-            }
+            let connection = self.connection(accepted);
+            task::spawn("connection", serving.track_future(connection));
         }
         serving.close();
         if tokio::time::timeout(self.grace, serving.wait())
@@ -149,22 +129,23 @@ impl Worker {
         }
     }
 
-    fn connection(&self, stream: Stream, peer: Arc<Peer>) -> impl Future<Output = ()> + use<> {
-        let id = peer.id();
-        let serving = connection::serve(
-            stream,
-            peer.clone(),
-            self.proxy.clone(),
-            self.max_streams,
-            self.shutdown.clone(),
-        );
-        let engine = self.proxy.engine.clone();
+    fn connection(&self, accepted: Accepted) -> impl Future<Output = ()> + use<> {
+        let proxy = self.proxy.clone();
+        let max_streams = self.max_streams;
+        let shutdown = self.shutdown.clone();
         let open = self.open.clone();
         async move {
-            let ended = serving.await;
+            let peer = Arc::new(Peer::new(accepted.origin()));
+            let engine = proxy.engine.clone();
+            let ended = match accepted.into_stream().await {
+                Ok(stream) => {
+                    connection::serve(stream, peer.clone(), proxy, max_streams, shutdown).await
+                }
+                Err(error) => Err(error.to_string()),
+            };
             open.fetch_sub(1, Ordering::Relaxed);
             if let Some(engine) = &engine {
-                engine.observe(Observation::Disconnected(id));
+                engine.observe(Observation::Disconnected(peer.id()));
             }
             if let Err(error) = ended {
                 tracing::debug!(client = %peer.origin(), error, "a connection ended with an error");
@@ -176,13 +157,4 @@ impl Worker {
 /// Waits until the shards are told to stop, or nobody is left to tell them.
 async fn stopped(shutdown: &mut watch::Receiver<bool>) {
     let _ = shutdown.wait_for(|stop| *stop).await;
-}
-
-impl Socket {
-    fn into_stream(self) -> io::Result<Stream> {
-        match self {
-            Socket::Unix(socket) => UnixStream::from_std(socket).map(Either::Left),
-            Socket::Tcp(socket) => TcpStream::from_std(socket).map(Either::Right),
-        }
-    }
 }

@@ -50,8 +50,8 @@ impl Server {
     }
 }
 
-/// A client's build: runs it in the stage's project, and says how it went.
-type Client = fn(&Stage, &Server) -> Built;
+/// A client's build: runs it in the site's project, and says how it went.
+type Client = fn(&Site, &Server) -> Built;
 
 /// How a build went.
 struct Built {
@@ -98,15 +98,15 @@ struct Builds {
 }
 
 /// A folder for one client.
-struct Stage {
+struct Site {
     directory: TempDir,
     /// The compiler's note of where it ran.
     note: PathBuf,
     started: Cell<usize>,
 }
 
-impl Stage {
-    fn set() -> Self {
+impl Site {
+    fn create() -> Self {
         let directory = scratch();
         let note = directory.path().join("compiled");
         std::fs::write(&note, "").unwrap();
@@ -118,7 +118,7 @@ impl Stage {
         );
         std::fs::write(&compiler, script).unwrap();
         std::fs::set_permissions(&compiler, PermissionsExt::from_mode(0o755)).unwrap();
-        Stage {
+        Site {
             directory,
             note,
             started: Cell::new(0),
@@ -215,7 +215,7 @@ impl Stage {
     }
 }
 
-impl Drop for Stage {
+impl Drop for Site {
     fn drop(&mut self) {
         for number in 0..self.started.get() {
             if std::thread::panicking() {
@@ -286,15 +286,15 @@ impl Backend {
 /// Builds directly and through primed, each time with a backend of its own, and holds both builds
 /// of the whole program to the number of `actions` that they should take.
 fn passes_as_directly(client: Client, backend: Backend, actions: usize) {
-    let stage = Stage::set();
-    let directory = stage.path("direct");
+    let site = Site::create();
+    let directory = site.path("direct");
     let running = backend.start(&directory);
-    let direct = stage.builds(client, &running.server, &directory);
+    let direct = site.builds(client, &running.server, &directory);
     drop(running);
 
-    let directory = stage.path("behind");
+    let directory = site.path("behind");
     let running = backend.start(&directory);
-    let place = stage.path("primed");
+    let place = site.path("primed");
     std::fs::create_dir(&place).unwrap();
     let port = free_port();
     let listen = format!("unix:{}/primed.sock,127.0.0.1:{port}", place.display());
@@ -305,7 +305,7 @@ fn passes_as_directly(client: Client, backend: Backend, actions: usize) {
         address: primed.address(),
         port,
     };
-    let through = stage.builds(client, &server, &directory);
+    let through = site.builds(client, &server, &directory);
 
     assert_eq!(direct, through, "{}", primed.daemon.log());
     let Builds {

@@ -17,6 +17,7 @@ use std::process::{Child, ChildStdin, Command, Stdio};
 
 use serde_json::{Value, json};
 
+use crate::certificates::{Credentials, Issued};
 use crate::support::{Daemon, connects, lines, tools, wait_until};
 
 /// A version of grpcio.
@@ -50,7 +51,13 @@ impl Grpcio {
 
     /// Runs a script to its end, which must be a good one, and returns what it printed.
     pub fn run(self, script: &str, arguments: &[&str]) -> String {
-        let output = self.python(script).args(arguments).output().unwrap();
+        self.run_with(&Credentials::default(), script, arguments)
+    }
+
+    fn run_with(self, credentials: &Credentials, script: &str, arguments: &[&str]) -> String {
+        let mut command = self.python(script);
+        let command = command.envs(credentials.variables()).args(arguments);
+        let output = command.output().unwrap();
         assert!(
             output.status.success(),
             "{script}: {}\n{}",
@@ -62,7 +69,18 @@ impl Grpcio {
 
     /// What `calls.py` and `server` see of each other when the calls go to `target`.
     pub fn transcript(self, target: &str, server: &AnyServer) -> BTreeMap<String, Value> {
-        serde_json::from_str(&self.run("calls.py", &[target, &server.target()])).unwrap()
+        self.transcript_with(&Credentials::default(), target, server)
+    }
+
+    /// The same by TLS.
+    pub fn transcript_with(
+        self,
+        credentials: &Credentials,
+        target: &str,
+        server: &AnyServer,
+    ) -> BTreeMap<String, Value> {
+        let arguments = [target, &server.target()];
+        serde_json::from_str(&self.run_with(credentials, "calls.py", &arguments)).unwrap()
     }
 }
 
@@ -88,14 +106,49 @@ pub struct AnyServer {
 
 impl AnyServer {
     pub fn start(directory: &Path, grpcio: Grpcio) -> Self {
-        let socket = directory.join("server.sock");
+        AnyServer::start_by(grpcio.python("server.py"), directory, &[])
+    }
+
+    /// Listens for TLS too; with `client_ca` for clients that show a certificate only.
+    pub fn start_tls(
+        directory: &Path,
+        grpcio: Grpcio,
+        identity: &Issued,
+        client_ca: Option<&Path>,
+    ) -> Self {
         let mut command = grpcio.python("server.py");
-        let mut daemon = Daemon::start(command.arg(target(&socket)), directory.join("server.log"));
+        command
+            .env("TLS_CERT", &identity.certificate)
+            .env("TLS_KEY", &identity.key)
+            .envs(client_ca.map(|path| ("TLS_CLIENT_CA", path)));
+        AnyServer::start_by(command, directory, &["127.0.0.1:0"])
+    }
+
+    /// Where a server that was `start_tls`ed listens for TLS.
+    pub fn tls_port(&self) -> u16 {
+        let mut port = None;
+        wait_until("the server says which port it has", || {
+            let log = self.daemon.log();
+            let said = log.lines().find_map(|line| line.strip_prefix("port "));
+            port = said.and_then(|port| port.parse().ok());
+            port.is_some()
+        });
+        port.unwrap()
+    }
+
+    fn start_by(mut command: Command, directory: &Path, arguments: &[&str]) -> Self {
+        let socket = directory.join("server.sock");
+        command.arg(target(&socket)).args(arguments);
+        let mut daemon = Daemon::start(&mut command, directory.join("server.log"));
         wait_until("the server listens", || {
             assert!(daemon.is_running(), "the server ended: {}", daemon.log());
             connects(&socket)
         });
         AnyServer { daemon, socket }
+    }
+
+    pub fn socket(&self) -> &Path {
+        &self.socket
     }
 
     /// For clients of gRPC.
@@ -130,8 +183,14 @@ pub struct Session {
 
 impl Session {
     pub fn start(grpcio: Grpcio, target: &str) -> Self {
+        Session::start_with(&Credentials::default(), grpcio, target)
+    }
+
+    /// The same by TLS.
+    pub fn start_with(credentials: &Credentials, grpcio: Grpcio, target: &str) -> Self {
         let mut child = grpcio
             .python("session.py")
+            .envs(credentials.variables())
             .arg(target)
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
@@ -157,9 +216,21 @@ impl Session {
         self.ended()
     }
 
+    /// Makes a call that perhaps finds no connection; `connected` says nothing then.
+    pub fn call_unconnected(&mut self, method: &str, request: &[u8]) -> Ended {
+        let requests = [hex(request)];
+        self.tell(&json!({"method": method, "requests": requests, "hasty": true}));
+        self.ended()
+    }
+
     /// Begins a call whose requests do not end until it is `release`d.
     pub fn hold(&mut self, method: &str) {
         self.tell(&json!({"method": method, "requests": [], "hold": true}));
+    }
+
+    /// Begins a call as `session.py` describes one.
+    pub fn begin(&mut self, call: &Value) {
+        self.tell(call);
     }
 
     /// Ends the requests of the call that is held.

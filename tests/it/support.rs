@@ -93,6 +93,15 @@ impl Daemon {
         self.child.try_wait().unwrap().is_none()
     }
 
+    /// The most memory that it has had so far, in bytes.
+    pub fn peak_memory(&self) -> u64 {
+        let status = std::fs::read_to_string(format!("/proc/{}/status", self.pid())).unwrap();
+        let peak = status
+            .lines()
+            .find_map(|line| line.strip_prefix("VmHWM:")?.strip_suffix("kB"));
+        peak.unwrap().trim().parse::<u64>().unwrap() * 1024
+    }
+
     pub fn kill(&mut self) {
         let _ = self.child.kill();
         let _ = self.child.wait();
@@ -130,11 +139,19 @@ impl Casd {
         Casd::start_with(directory, jobs, &[])
     }
 
+    /// One that keeps what it is asked for and passes on what it has not to `remote`.
+    pub fn proxy_of(directory: &Path, remote: &str) -> Self {
+        let remote = |service: &str| format!("--{service}-remote={remote}");
+        let remotes = [remote("cas"), remote("ac"), remote("exec")];
+        Casd::start_with(directory, 1, &remotes.each_ref().map(String::as_str))
+    }
+
     pub fn start_with(directory: &Path, jobs: usize, arguments: &[&str]) -> Self {
         let socket = directory.join("casd.sock");
         let mut command = Command::new(tool("buildbox-casd"));
         command
             .env("BUILDBOX_STAGER", "copy-or-link")
+            .args(arguments)
             .arg(format!(
                 "--buildbox-run={}",
                 tool("buildbox-run-hosttools").display()
@@ -154,6 +171,10 @@ impl Casd {
 
     pub fn address(&self) -> String {
         format!("unix:{}", self.socket.display())
+    }
+
+    pub fn socket(&self) -> &Path {
+        &self.socket
     }
 
     /// Kills it and starts it again, with its cache, or with an empty one.

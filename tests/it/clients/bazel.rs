@@ -7,15 +7,15 @@ fn a_build_by_bazel_passes_as_directly() {
     passes_as_directly(build, Backend::CasdForBazel, COMPILES);
 }
 
-fn build(stage: &Stage, server: &Server) -> Built {
-    let mut command = stage.command(tool("bazel"));
+fn build(site: &Site, server: &Server) -> Built {
+    let mut command = site.command(tool("bazel"));
     command
-        .env("CC", stage.compiler())
+        .env("CC", site.compiler())
         .env("USER", "tester") // else it must be in /etc/passwd
         .args(["--batch", "--host_jvm_args=-XX:TieredStopAtLevel=1"])
         .arg(format!(
             "--output_user_root={}/bazel",
-            stage.path("home").display()
+            site.path("home").display()
         ))
         .args(["build", "//:program", "--color=no", "--curses=no"])
         .arg(format!(
@@ -23,7 +23,7 @@ fn build(stage: &Stage, server: &Server) -> Built {
             server.host_and_port()
         ))
         .arg("--spawn_strategy=remote");
-    let (exit_code, said) = stage.run(&mut command);
+    let (exit_code, said) = site.run(&mut command);
     // "INFO: 10 processes: 2 remote cache hit, 5 internal, 3 remote."
     let summary = said.lines().find(|line| line.contains(" processes: "));
     let counts = summary.and_then(|line| line.trim_end_matches('.').rsplit_once(": "));
@@ -40,7 +40,7 @@ fn build(stage: &Stage, server: &Server) -> Built {
             executed: number(" remote"),
             cached: number(" remote cache hit"),
         },
-        outputs: stage.outputs("bazel-bin", &["program"]),
+        outputs: site.outputs("bazel-bin", &["program"]),
         said,
     }
 }

@@ -7,26 +7,26 @@ fn a_build_by_buildstream_passes_as_directly() {
     passes_as_directly(build, Backend::Casd, 1);
 }
 
-fn build(stage: &Stage, server: &Server) -> Built {
-    let home = stage.path("home").display().to_string();
+fn build(site: &Site, server: &Server) -> Built {
+    let home = site.path("home").display().to_string();
     let url = format!("{{ url: 'http://{}' }}", server.host_and_port());
     let settings = format!(
         "cachedir: {home}/cache\nlogdir: {home}/logs\nsourcedir: {home}/sources\n\
          remote-execution:\n  execution-service: {url}\n  storage-service: {url}\n  \
          action-cache-service: {url}\n"
     );
-    let file = stage.path("home").join("buildstream.conf");
+    let file = site.path("home").join("buildstream.conf");
     std::fs::write(&file, settings).unwrap();
     let bst = || {
-        let mut command = stage.command(tool("bst"));
+        let mut command = site.command(tool("bst"));
         command
             .args(["--no-interactive", "--no-colors", "--config"])
             .arg(&file);
         command
     };
-    let (exit_code, said) = stage.run(bst().args(["build", "program.bst"]));
+    let (exit_code, said) = site.run(bst().args(["build", "program.bst"]));
     let out = ["artifact", "checkout", "program.bst", "--directory", "out"];
-    stage.run(bst().args(out));
+    site.run(bst().args(out));
     let executed = said.matches("START   Waiting for the remote build").count();
     let built = said.matches("START   Running commands").count();
     Built {
@@ -35,7 +35,7 @@ fn build(stage: &Stage, server: &Server) -> Built {
             executed,
             cached: built - executed,
         },
-        outputs: stage.outputs("out", &["program"]),
+        outputs: site.outputs("out", &["program"]),
         said,
     }
 }

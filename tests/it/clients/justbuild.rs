@@ -22,22 +22,22 @@ fn a_build_by_justbuild_in_its_own_protocol_passes_as_directly() {
     passes_as_directly(native, Backend::JustbuildExecute(&[]), COMPILES);
 }
 
-fn compatible(stage: &Stage, server: &Server) -> Built {
-    build(stage, server, &["--compatible"])
+fn compatible(site: &Site, server: &Server) -> Built {
+    build(site, server, &["--compatible"])
 }
 
-fn native(stage: &Stage, server: &Server) -> Built {
-    build(stage, server, &[])
+fn native(site: &Site, server: &Server) -> Built {
+    build(site, server, &[])
 }
 
-fn build(stage: &Stage, server: &Server, arguments: &[&str]) -> Built {
-    let mut command = stage.command(tool("justbuild"));
+fn build(site: &Site, server: &Server, arguments: &[&str]) -> Built {
+    let mut command = site.command(tool("justbuild"));
     command
         .args(["install", "--plain-log", "--output-dir", "installed"])
         .args(["--remote-execution-address", &server.host_and_port()])
         .args(arguments)
         .arg("program");
-    let (exit_code, said) = stage.run(&mut command);
+    let (exit_code, said) = site.run(&mut command);
     // "Processed 5 actions, 2 cache hits."
     let processed = number_after(&said, "Processed ").unwrap_or_default();
     let cached = number_after(&said, " actions, ").unwrap_or_default();
@@ -47,7 +47,7 @@ fn build(stage: &Stage, server: &Server, arguments: &[&str]) -> Built {
             executed: processed - cached,
             cached,
         },
-        outputs: stage.outputs("installed", &["program"]),
+        outputs: site.outputs("installed", &["program"]),
         said,
     }
 }

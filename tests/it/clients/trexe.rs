@@ -8,17 +8,17 @@ fn a_build_by_trexe_passes_as_directly() {
     passes_as_directly(build, Backend::Casd, COMPILES);
 }
 
-fn build(stage: &Stage, server: &Server) -> Built {
-    let mut command = stage.command("sh");
+fn build(site: &Site, server: &Server) -> Built {
+    let mut command = site.command("sh");
     command
         .arg("trexe.sh")
         .arg(support::tool("trexe"))
         .arg(format!("--remote={}", server.address))
         .args(["--d=.", "--wait"]);
-    let (exit_code, said) = stage.run(&mut command);
+    let (exit_code, said) = site.run(&mut command);
     let reported = |cached: &str| {
         let results = ["main", "entry", "hash", "total", "program"].map(|action| {
-            let path = stage.path("project").join(format!("{action}.json"));
+            let path = site.path("project").join(format!("{action}.json"));
             let result = std::fs::read(path).unwrap_or_default();
             String::from_utf8(result).unwrap()
         });
@@ -34,7 +34,7 @@ fn build(stage: &Stage, server: &Server) -> Built {
             executed: reported("false"),
             cached: reported("true"),
         },
-        outputs: stage.outputs(".", &["program", "main.o", "entry.o", "hash.o", "total.o"]),
+        outputs: site.outputs(".", &["program", "main.o", "entry.o", "hash.o", "total.o"]),
         said,
     }
 }

@@ -11,6 +11,7 @@ import threading
 
 import grpc
 
+from channel import open_channel
 from shown import BOUND, shown_message, shown_metadata
 
 BIG = [
@@ -39,7 +40,7 @@ STATUS_DETAILS = ("trailing-grpc-status-details-bin", bytes(range(255, -1, -1)) 
 
 class Transcript:
     def __init__(self, target, server):
-        self.channel = grpc.insecure_channel(target, options=BIG)
+        self.channel = open_channel(target, options=BIG)
         control = grpc.insecure_channel(server, options=BIG)
         self.record = control.unary_unary("/control/Record")
         self.received = control.unary_unary("/control/Received")

@@ -1,8 +1,8 @@
-"""A gRPC server without a schema: bytes in, bytes out.  Usage: server.py ADDRESS
+"""A gRPC server without a schema: bytes in, bytes out.  Usage: server.py ADDRESS [TLS_ADDRESS]
 
 The last component of a method's path names its behaviour (BEHAVIOURS); a method that names none
 does not exist. The server notes what it saw of each call, which its client names by `call-id`;
-`/control/Record` returns that note once the call has ended.
+`/control/Record` returns that note once the call has ended. The port of TLS_ADDRESS is printed.
 """
 
 import json
@@ -12,6 +12,7 @@ from concurrent import futures
 
 import grpc
 
+from channel import server_credentials
 from shown import BOUND, shown_message, shown_metadata
 
 BIG = [
@@ -216,11 +217,13 @@ class AnyMethod(grpc.GenericRpcHandler):
 
 
 def main():
-    (address,) = sys.argv[1:]
+    address, *tls_addresses = sys.argv[1:]
     server = grpc.server(futures.ThreadPoolExecutor(512), options=BIG)
     server.add_generic_rpc_handlers((AnyMethod(),))
     if server.add_insecure_port(address) == 0:
         sys.exit(f"cannot listen on {address}")
+    for tls_address in tls_addresses:
+        print("port", server.add_secure_port(tls_address, server_credentials()), flush=True)
     server.start()
     server.wait_for_termination()
 

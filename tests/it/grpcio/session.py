@@ -1,10 +1,12 @@
 """Makes one call after another on one channel, as told on stdin.  Usage: session.py TARGET
 
-A line of stdin is a call: {"method": PATH, "requests": [HEX, …], "hold": BOOL}. With `hold` its
-requests do not end before the line `release`; with "metadata": [[KEY, VALUE], …] it has that, and
-with "gzip": true its messages are compressed. Lines of stdout, as things happen:
+A line of stdin is a call: {"method": PATH, "requests": [HEX, …]} with these to choose from: "hold":
+BOOL, "hasty": BOOL, "timeout": SECONDS, "metadata": [[KEY, VALUE], …], "gzip": BOOL. With `hold` its
+requests do not end before the line `release`; with `gzip` its messages are compressed. Lines of
+stdout, as things happen:
 {"message": HEX}, then {"code": …, "details": …, "initial": …, "trailing": …, "connected": N},
-where N counts how often the channel has become ready.
+where N counts how often the channel has become ready; with `hasty` its first time is not waited for,
+which may never come.
 """
 
 import json
@@ -14,6 +16,7 @@ import threading
 
 import grpc
 
+from channel import open_channel
 from shown import BOUND, shown_metadata
 
 
@@ -33,10 +36,10 @@ class Readiness:
                 self.times += 1
                 self.change.notify_all()
 
-    def count(self):
+    def count(self, hasty):
         """Callbacks come late: the first one is waited for."""
         with self.change:
-            self.change.wait_for(lambda: self.times > 0, BOUND)
+            self.change.wait_for(lambda: hasty or self.times > 0, BOUND)
             return self.times
 
 
@@ -60,17 +63,19 @@ def requests(wanted, release):
 
 def main():
     (target,) = sys.argv[1:]
-    channel = grpc.insecure_channel(target)
+    channel = open_channel(target)
     readiness = Readiness(channel)
     calls = queue.Queue()
     threading.Thread(target=read, args=(calls,), daemon=True).start()
     while (call := calls.get()) is not None:
         wanted, release = call
-        options = {"metadata": [tuple(pair) for pair in wanted.get("metadata", ())]}
+        options = {
+            "timeout": wanted.get("timeout", BOUND),
+            "metadata": [tuple(pair) for pair in wanted.get("metadata", ())],
+        }
         if wanted.get("gzip"):
             options["compression"] = grpc.Compression.Gzip
-        method = channel.stream_stream(wanted["method"])
-        call = method(requests(wanted, release), timeout=BOUND, **options)
+        call = channel.stream_stream(wanted["method"])(requests(wanted, release), **options)
         try:
             for message in call:
                 say(message=message.hex())
@@ -82,7 +87,7 @@ def main():
             details=call.details(),
             initial=shown_metadata(call.initial_metadata()),
             trailing=shown_metadata(call.trailing_metadata()),
-            connected=readiness.count(),
+            connected=readiness.count(wanted.get("hasty", False)),
         )
 
 

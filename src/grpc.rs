@@ -1,12 +1,10 @@
-//! The few words of gRPC over HTTP/2 that a proxy must speak itself.
+//! The few words of gRPC over HTTP/2 that primed must speak itself: the frames of messages, the
+//! status, and the timeout.
 
-use bytes::{BufMut, Bytes, BytesMut};
+use bytes::{Buf, BufMut, Bytes, BytesMut};
 use http::header::{HeaderMap, HeaderName, HeaderValue};
 use std::time::{Duration, Instant};
 use tonic::Code;
-
-use crate::backend::exchange::Answer;
-use crate::speculation::observation::FRAME_HEADER;
 
 const GRPC_STATUS: HeaderName = HeaderName::from_static("grpc-status");
 const GRPC_MESSAGE: HeaderName = HeaderName::from_static("grpc-message");
@@ -15,15 +13,6 @@ const GRPC_TIMEOUT: HeaderName = HeaderName::from_static("grpc-timeout");
 /// The gRPC status in headers or trailers, if there is one.
 pub fn status(headers: &HeaderMap) -> Option<u32> {
     headers.get(GRPC_STATUS)?.to_str().ok()?.parse().ok()
-}
-
-/// The status of an answer, as far as it is known before any message.
-pub async fn early_status(answer: &mut Answer) -> Option<u32> {
-    match status(answer.head.headers()) {
-        Some(status) => Some(status),
-        // That an answer broke off is seen again when it is passed on.
-        None => answer.bare_trailers().await.ok().flatten().and_then(status),
-    }
 }
 
 /// How much time the client gives the call, if it says so. (gRPC over HTTP/2, "Timeout".)
@@ -84,6 +73,42 @@ pub fn framed(message: &[u8]) -> Bytes {
     framed.put_slice(message);
     framed.freeze()
 }
+
+/// One gRPC message, out of its frame.
+pub enum Framed {
+    /// As it was encoded.
+    Plain(Bytes),
+    /// Compressed; left alone.
+    Compressed,
+}
+
+/// Takes the first gRPC message off `body`; `None` if it is not there in full.
+pub fn split_message(body: &mut Bytes) -> Option<Framed> {
+    let mut rest = body.clone();
+    let compressed = rest.try_get_u8().ok()? != 0;
+    let length = rest.try_get_u32().ok()? as usize;
+    if length > rest.len() {
+        return None;
+    }
+    let message = rest.split_to(length);
+    *body = rest;
+    Some(if compressed {
+        Framed::Compressed
+    } else {
+        Framed::Plain(message)
+    })
+}
+
+/// Chunks of a body in one piece; copied only if there are several.
+pub fn joined(chunks: &[Bytes]) -> Bytes {
+    match chunks {
+        [only] => only.clone(),
+        chunks => chunks.concat().into(),
+    }
+}
+
+/// Length of the prefix of a gRPC message: a flag and a big-endian length.
+pub const FRAME_HEADER: usize = 5;
 
 fn percent_encoded(message: &str) -> String {
     use std::fmt::Write as _;
