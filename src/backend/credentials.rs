@@ -51,6 +51,13 @@ enum Source {
     Helper(Arc<CredentialHelper>),
 }
 
+/// None: no headers.
+impl Default for Credentials {
+    fn default() -> Self {
+        Credentials(Source::Fixed(Arc::default()))
+    }
+}
+
 impl Credentials {
     /// What `config` says of calls to `address`.
     ///

@@ -22,6 +22,7 @@ use super::health::UpstreamHealth;
 use super::instance_rewriter::InstanceRewriter;
 use super::instances::InstanceMap;
 use crate::address::Address;
+use crate::config::upstream::UpstreamConfig;
 use crate::config::{Config, Patience};
 use crate::grpc;
 use crate::http2::body::{Body, BodyError};
@@ -67,18 +68,9 @@ impl Routes {
     pub fn new(config: &Config, tls: Option<Arc<ClientTls>>) -> Result<Self, RouteError> {
         let endpoints = Endpoints::new(&config.upstream, &config.on_the_way);
         let destination = |address: &Address| {
-            let authority = address.authority();
-            let authority = authority.and_then(|authority| Authority::try_from(authority).ok());
-            Ok(Destination {
-                dialer: Dialer::new(address.clone(), tls.clone())?,
-                scheme: match address.is_tls() {
-                    true => Scheme::HTTPS,
-                    false => Scheme::HTTP,
-                },
-                authority: authority.unwrap_or_else(|| Authority::from_static("localhost")),
-                credentials: Credentials::new(&config.on_the_way, address)?,
-                health: Arc::default(),
-            })
+            let dialer = Dialer::new(address.clone(), tls.clone())?;
+            let credentials = Credentials::new(&config.on_the_way, address)?;
+            Ok(Destination::new(dialer, credentials))
         };
         let destinations = endpoints.addresses().iter().map(destination);
         Ok(Routes {
@@ -87,6 +79,18 @@ impl Routes {
             instances: Arc::new(InstanceMap::new(&config.on_the_way.instances)),
             patience: config.patience,
         })
+    }
+
+    /// Everything goes to `address`, in the clear and with nothing added.
+    pub fn plain(address: Address, patience: Patience) -> Self {
+        let endpoints = Endpoints::new(&address, &UpstreamConfig::default());
+        let dialer = Dialer::without_tls(address);
+        Routes {
+            endpoints,
+            destinations: vec![Destination::new(dialer, Credentials::default())],
+            instances: Arc::default(),
+            patience,
+        }
     }
 
     /// Whether `--upstream` can be reached.
@@ -202,6 +206,22 @@ impl Upstream {
 }
 
 impl Destination {
+    fn new(dialer: Dialer, credentials: Credentials) -> Self {
+        let authority = dialer.address().authority();
+        let authority = authority.and_then(|authority| Authority::try_from(authority).ok());
+        Destination {
+            scheme: match dialer.is_tls() {
+                true => Scheme::HTTPS,
+                false => Scheme::HTTP,
+            },
+            // What gRPC calls the other end of a Unix socket.
+            authority: authority.unwrap_or_else(|| Authority::from_static("localhost")),
+            dialer,
+            credentials,
+            health: Arc::default(),
+        }
+    }
+
     fn request(&self, head: Head) -> Request<()> {
         let mut uri = http::uri::Parts::default();
         uri.scheme = Some(self.scheme.clone());

@@ -9,13 +9,20 @@
 
 use std::time::Duration;
 
+use primed::cas;
 use primed::reapi::content_addressable_storage_client::ContentAddressableStorageClient;
+use primed::reapi::google::bytestream::WriteRequest;
+use primed::reapi::google::bytestream::byte_stream_client::ByteStreamClient;
 use primed::reapi::{Digest, FindMissingBlobsRequest};
 use prost::Message;
+use serde_json::json;
 use tempfile::TempDir;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::UnixStream;
 use tokio::net::unix::{OwnedReadHalf, OwnedWriteHalf};
+use tokio::sync::mpsc;
+use tokio::task::JoinHandle;
+use tokio_stream::wrappers::ReceiverStream;
 use tonic::Status;
 
 use crate::client::connect;
@@ -24,6 +31,7 @@ use crate::frames::{
     LARGEST, MAX_CONCURRENT_STREAMS, NEWEST, PADDED, PING, PREFACE, RST_STREAM, SETTINGS, field,
     message, remembered_field, request,
 };
+use crate::grpcio::{Grpcio, Session};
 use crate::support::{Casd, PATIENCE, Primed, scratch};
 
 /// How long a real call may take while primed is abused.
@@ -42,10 +50,14 @@ const FLOW_CONTROL_ERROR: u32 = 3;
 const REFUSED_STREAM: u32 = 7;
 const CANCEL: u32 = 8;
 
+/// How many calls are in progress all the time: some on each connection to the upstream.
+const UPLOADS: usize = 8;
+
 /// A real casd behind primed.
 struct Ground {
     primed: Primed,
     memory_before: u64,
+    uploads: Vec<Upload>,
     _casd: Casd,
     _scratch: TempDir,
 }
@@ -58,7 +70,12 @@ impl Ground {
         for _ in 0..OTHERS {
             call(&primed).await.unwrap();
         }
+        let mut uploads = Vec::new();
+        for number in 0..UPLOADS {
+            uploads.push(Upload::begin(&primed, number).await);
+        }
         Ground {
+            uploads,
             memory_before: primed.daemon.peak_memory(),
             primed,
             _casd: casd,
@@ -96,6 +113,9 @@ impl Ground {
     /// primed answers, has not panicked and has not grown beyond measure.
     async fn is_well(&self) {
         call(&self.primed).await.unwrap();
+        for upload in &self.uploads {
+            assert!(!upload.call.is_finished(), "a call in progress has ended");
+        }
         assert!(!self.primed.daemon.log().contains("panicked"));
         let growth = self.primed.daemon.peak_memory() - self.memory_before;
         assert!(growth < MEMORY, "primed grew by {growth} bytes");
@@ -108,6 +128,37 @@ async fn call(primed: &Primed) -> Result<(), Status> {
     let answer = client.find_missing_blobs(FindMissingBlobsRequest::default());
     let answer = tokio::time::timeout(SERVED_WITHIN, answer).await;
     answer.expect("a call takes too long").map(|_| ())
+}
+
+/// A real upload that is not complete, and so stays in progress.
+struct Upload {
+    call: JoinHandle<Option<()>>,
+    _rest: mpsc::Sender<WriteRequest>,
+}
+
+impl Upload {
+    async fn begin(primed: &Primed, number: usize) -> Self {
+        let blob = format!("blob {number}");
+        let begin = WriteRequest {
+            resource_name: format!(
+                "uploads/{number}/blobs/{}",
+                cas::Digest::of(blob.as_bytes())
+            ),
+            data: blob.as_bytes()[..4].to_vec().into(),
+            ..WriteRequest::default()
+        };
+        let (rest, requests) = mpsc::channel(1);
+        rest.send(begin).await.unwrap();
+        let mut client = ByteStreamClient::new(connect(&primed.socket()));
+        let call = primed::task::spawn("upload", async move {
+            let ended = client.write(ReceiverStream::new(requests)).await;
+            eprintln!("an upload has ended: {ended:?}");
+        });
+        // It has begun when there is room for another request.
+        let room = tokio::time::timeout(PATIENCE, rest.reserve()).await;
+        room.expect("an upload does not begin").unwrap();
+        Upload { call, _rest: rest }
+    }
 }
 
 /// One end of a connection that keeps to no rules.
@@ -209,7 +260,7 @@ fn open(stream: u32) -> Frame {
 }
 
 #[tokio::test]
-async fn calls_that_are_reset_as_soon_as_they_are_begun() {
+async fn a_flood_of_calls_that_are_reset_at_once_harms_nobody() {
     let ground = Ground::prepare().await;
     let attacker = ground.attacker(&[]).await;
     let pairs = streams().take(10_000);
@@ -218,7 +269,7 @@ async fn calls_that_are_reset_as_soon_as_they_are_begun() {
 }
 
 #[tokio::test]
-async fn complete_calls_that_are_reset_as_soon_as_they_are_begun() {
+async fn a_flood_of_complete_calls_that_are_reset_at_once_harms_nobody() {
     let ground = Ground::prepare().await;
     let attacker = ground.attacker(&[]).await;
     let calls = streams().take(5_000).flat_map(|stream| {
@@ -232,7 +283,7 @@ async fn complete_calls_that_are_reset_as_soon_as_they_are_begun() {
 }
 
 #[tokio::test]
-async fn a_header_block_that_never_ends() {
+async fn a_header_block_that_never_ends_is_cut_off() {
     let ground = Ground::prepare().await;
     for fill in [16_000, 1, 0] {
         let attacker = ground.attacker(&[]).await;
@@ -250,7 +301,7 @@ async fn a_header_block_that_never_ends() {
 }
 
 #[tokio::test]
-async fn headers_longer_than_a_mebibyte() {
+async fn headers_longer_than_a_mebibyte_are_refused() {
     let ground = Ground::prepare().await;
     let attacker = ground.attacker(&[]).await;
     let calls = streams().take(50).flat_map(|stream| {
@@ -278,7 +329,7 @@ fn bomb(stream: u32, times: usize) -> Frame {
 }
 
 #[tokio::test]
-async fn small_header_blocks_that_stand_for_huge_headers() {
+async fn small_header_blocks_that_stand_for_huge_headers_are_refused() {
     let ground = Ground::prepare().await;
     let attacker = ground.attacker(&[]).await;
     let calls = streams().take(200).map(|stream| bomb(stream, 16_000));
@@ -290,15 +341,34 @@ async fn small_header_blocks_that_stand_for_huge_headers() {
 }
 
 #[tokio::test]
-async fn small_header_blocks_that_stand_for_headers_just_within_the_limit() {
+async fn small_header_blocks_that_stand_for_large_headers_take_bounded_memory() {
     let ground = Ground::prepare().await;
     let attacker = ground.attacker(&[]).await;
     let calls = streams().take(200).map(|stream| bomb(stream, 250));
     ground.endure(attacker, chunks(calls)).await;
 }
 
+/// casd ends a connection with all calls on it when one call's headers are longer than 16 KiB.
 #[tokio::test]
-async fn messages_in_frames_of_one_byte() {
+async fn headers_that_the_upstream_refuses_cost_their_own_call_alone() {
+    let ground = Ground::prepare().await;
+    let socket = ground.primed.address();
+    let mut session = Session::start(Grpcio::New, &socket);
+    // Often enough to come over each connection to the upstream.
+    for _ in 0..UPLOADS {
+        session.begin(&json!({
+            "method": FIND_MISSING,
+            "requests": [""],
+            "metadata": [["x", "y".repeat(20_000)]],
+        }));
+        let refused = session.ended();
+        assert_eq!(refused.code, "RESOURCE_EXHAUSTED", "{refused:?}");
+        ground.is_well().await;
+    }
+}
+
+#[tokio::test]
+async fn a_message_in_frames_of_one_byte_harms_nobody() {
     let ground = Ground::prepare().await;
     let attacker = ground.attacker(&[]).await;
     let digest = Digest {
@@ -319,7 +389,7 @@ async fn messages_in_frames_of_one_byte() {
 }
 
 #[tokio::test]
-async fn frames_that_hold_nothing() {
+async fn a_flood_of_empty_frames_harms_nobody() {
     let ground = Ground::prepare().await;
     let padded = [vec![200], vec![0; 200]].concat();
     for (flags, payload) in [(0, Vec::new()), (PADDED, padded)] {
@@ -331,7 +401,7 @@ async fn frames_that_hold_nothing() {
 }
 
 #[tokio::test]
-async fn floods_of_frames_that_ask_for_an_answer() {
+async fn a_flood_of_pings_or_settings_harms_nobody() {
     let ground = Ground::prepare().await;
     for frame in [
         Frame::new(PING, 0, 0, [7; 8]),
@@ -344,14 +414,14 @@ async fn floods_of_frames_that_ask_for_an_answer() {
 }
 
 #[tokio::test]
-async fn floods_whose_answers_are_not_read() {
+async fn a_flood_whose_answers_are_not_read_takes_bounded_memory() {
     let ping = repeated(Frame::new(PING, 0, 0, [7; 8]), 1_000_000);
     unread(ping).await;
     unread(repeated(Frame::settings(&[]), 1_000_000)).await;
 }
 
 #[tokio::test]
-async fn calls_whose_answers_are_not_read() {
+async fn calls_whose_answers_are_not_read_take_bounded_memory() {
     let calls = streams().take(10_000).flat_map(|stream| {
         let block = request(GET_CAPABILITIES);
         [
@@ -382,7 +452,7 @@ async fn unread(flood: impl Iterator<Item = Vec<u8>>) {
 }
 
 #[tokio::test]
-async fn windows_that_overflow() {
+async fn windows_that_overflow_are_errors() {
     let ground = Ground::prepare().await;
     let attacker = ground.attacker(&[]).await;
     let twice = repeated(Frame::window_update(0, LARGEST), 2);
@@ -399,7 +469,7 @@ async fn windows_that_overflow() {
 }
 
 #[tokio::test]
-async fn more_streams_than_are_allowed() {
+async fn streams_beyond_the_limit_are_refused() {
     const BEYOND: usize = 50;
     let ground = Ground::prepare().await;
     let mut attacker = ground.attacker(&[]).await;
@@ -415,7 +485,7 @@ async fn more_streams_than_are_allowed() {
 }
 
 #[tokio::test]
-async fn what_is_not_http_2() {
+async fn what_is_not_http_2_is_cut_off() {
     let ground = Ground::prepare().await;
     let garbage: Vec<u8> = (0..100_000_u32)
         .map(|i| (i.wrapping_mul(2_654_435_761) >> 13) as u8)
@@ -442,7 +512,7 @@ async fn what_is_not_http_2() {
 }
 
 #[tokio::test]
-async fn connections_that_say_nothing_or_stop_in_the_middle() {
+async fn connections_that_say_nothing_or_stop_in_the_middle_harm_nobody() {
     let ground = Ground::prepare().await;
     let begin = open(1).bytes();
     let mut connections = Vec::new();

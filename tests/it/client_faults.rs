@@ -10,11 +10,15 @@
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
 
 use bytes::Bytes;
 use primed::backend::Backend;
 use primed::backend::remote::Remote;
+use primed::backend::upstream::{Routes, Upstream};
 use primed::cas::Digest;
+use primed::config::Patience;
 use primed::reapi::google::bytestream::ReadRequest;
 use prost::Message;
 use rustix::process::{Pid, Signal, kill_process, kill_process_group};
@@ -29,7 +33,7 @@ use crate::frames::{
 use crate::grpcio::{AnyServer, Grpcio, Session, hex};
 use crate::relay::Faults;
 use crate::stage::Stage;
-use crate::support::{Casd, Daemon, Primed, scratch, wait_until};
+use crate::support::{Casd, Daemon, PATIENCE, Primed, scratch, wait_until};
 
 /// A compiler that finds out what a file includes at once, and compiles only while its gate is
 /// open.
@@ -166,7 +170,12 @@ async fn unread_downloads(window: u32) {
         .map(|i| (i.wrapping_mul(2_654_435_761) >> 13) as u8)
         .collect();
     let digest = Digest::of(&blob);
-    let other = Remote::new(primed.address().parse().unwrap());
+    let patience = Patience {
+        connect: Duration::ZERO,
+        keep_alive: PATIENCE,
+    };
+    let routes = Routes::plain(primed.address().parse().unwrap(), patience);
+    let other = Remote::new(Upstream::new(Arc::new(routes)));
     other
         .write("", digest, Bytes::from(blob.clone()))
         .await
