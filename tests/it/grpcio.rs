@@ -12,12 +12,12 @@
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
 use std::io::Write as _;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::{Child, ChildStdin, Command, Stdio};
 
 use serde_json::{Value, json};
 
-use crate::support::{Daemon, connects, lines, tools, wait_until};
+use crate::support::{Daemon, lines, tools, wait_until};
 
 /// A version of grpcio.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -44,6 +44,8 @@ impl Grpcio {
             .arg(scripts.join(script))
             .env_remove("PYTHONPATH")
             .env("PYTHONDONTWRITEBYTECODE", "1")
+            // A proxy of the machine's is none of ours.
+            .env("no_grpc_proxy", "127.0.0.1")
             .env_remove("GRPC_VERBOSITY");
         command
     }
@@ -60,10 +62,25 @@ impl Grpcio {
         String::from_utf8(output.stdout).unwrap()
     }
 
-    /// What `calls.py` and `server` see of each other when the calls go to `target`.
-    pub fn transcript(self, target: &str, server: &AnyServer) -> BTreeMap<String, Value> {
-        serde_json::from_str(&self.run("calls.py", &[target, &server.target()])).unwrap()
+    /// What a script that makes calls, and `server`, see of each other when the calls go to
+    /// `target`, by the name of the call.
+    pub fn transcript(
+        self,
+        script: &str,
+        target: &str,
+        server: &AnyServer,
+        arguments: &[&str],
+    ) -> BTreeMap<String, Value> {
+        let arguments = [&[target, server.target()], arguments].concat();
+        serde_json::from_str(&self.run(script, &arguments)).unwrap()
     }
+}
+
+/// What carries a connection.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Transport {
+    Unix,
+    Tcp,
 }
 
 /// `path` as gRPC wants to be told it: a URI, in which what is unusual is percent-encoded.
@@ -80,32 +97,55 @@ pub fn target(path: &Path) -> String {
     target
 }
 
-/// `server.py`, on a Unix socket.
+/// `server.py`, listening.
 pub struct AnyServer {
     pub daemon: Daemon,
-    socket: PathBuf,
+    target: String,
+    address: String,
 }
 
 impl AnyServer {
+    /// Starts it on a Unix socket.
     pub fn start(directory: &Path, grpcio: Grpcio) -> Self {
+        AnyServer::start_on(Transport::Unix, directory, grpcio)
+    }
+
+    pub fn start_on(transport: Transport, directory: &Path, grpcio: Grpcio) -> Self {
         let socket = directory.join("server.sock");
+        let listen = match transport {
+            Transport::Unix => target(&socket),
+            Transport::Tcp => "127.0.0.1:0".to_owned(),
+        };
         let mut command = grpcio.python("server.py");
-        let mut daemon = Daemon::start(command.arg(target(&socket)), directory.join("server.log"));
+        let mut daemon = Daemon::start(command.arg(&listen), directory.join("server.log"));
+        let mut port = None;
         wait_until("the server listens", || {
-            assert!(daemon.is_running(), "the server ended: {}", daemon.log());
-            connects(&socket)
+            let log = daemon.log();
+            assert!(daemon.is_running(), "the server ended: {log}");
+            let said = log.lines().find_map(|line| line.strip_prefix("port "));
+            port = said.map(str::to_owned);
+            port.is_some()
         });
-        AnyServer { daemon, socket }
+        let tcp = format!("127.0.0.1:{}", port.unwrap());
+        let (target, address) = match transport {
+            Transport::Unix => (listen, format!("unix:{}", socket.display())),
+            Transport::Tcp => (tcp.clone(), tcp),
+        };
+        AnyServer {
+            daemon,
+            target,
+            address,
+        }
     }
 
     /// For clients of gRPC.
-    pub fn target(&self) -> String {
-        target(&self.socket)
+    pub fn target(&self) -> &str {
+        &self.target
     }
 
     /// For primed.
-    pub fn address(&self) -> String {
-        format!("unix:{}", self.socket.display())
+    pub fn address(&self) -> &str {
+        &self.address
     }
 }
 
@@ -153,6 +193,13 @@ impl Session {
     /// Begins a call whose requests do not end until it is `release`d.
     pub fn hold(&mut self, method: &str) {
         self.tell(&json!({"method": method, "requests": [], "hold": true}));
+    }
+
+    /// Begins a call that waits for a server, and returns when there has been none.
+    pub fn wait(&mut self, method: &str, request: &[u8]) {
+        self.tell(&json!({"method": method, "requests": [hex(request)], "wait": true}));
+        let event = self.event();
+        assert_eq!(event, json!({"state": "TRANSIENT_FAILURE"}));
     }
 
     /// Ends the requests of the call that is held.

@@ -3,9 +3,11 @@
 mod backend;
 mod cli;
 mod client;
+mod conformance;
 mod examples;
 mod faults;
 mod grpcio;
+mod http2;
 mod local_cas;
 mod project;
 mod protocol;

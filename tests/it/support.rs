@@ -232,6 +232,20 @@ impl Primed {
         format!("unix:{}", self.socket().display())
     }
 
+    /// The port that it chose, where it was told to listen on `127.0.0.1:0` too.
+    pub fn port(&self) -> u16 {
+        let mut port = None;
+        wait_until("primed says which port it chose", || {
+            let log = self.daemon.log();
+            let said = log
+                .lines()
+                .find_map(|line| line.split_once("address=127.0.0.1:"));
+            port = said.and_then(|(_, rest)| rest.split(' ').next()?.parse().ok());
+            port.is_some()
+        });
+        port.unwrap()
+    }
+
     /// Runs `primed COMMAND`, which asks this primed.
     pub fn ask(&self, arguments: &[&str]) -> Output {
         Primed::command()

@@ -1,7 +1,8 @@
 """Makes one call after another on one channel, as told on stdin.  Usage: session.py TARGET
 
-A line of stdin is a call: {"method": PATH, "requests": [HEX, …], "hold": BOOL}. With `hold` its
-requests do not end before the line `release`. Lines of stdout, as things happen:
+A line of stdin is a call: {"method": PATH, "requests": [HEX, …], "hold": BOOL, "wait": BOOL}. With
+`hold` its requests do not end before the line `release`. With `wait` it waits for a server, and
+{"state": "TRANSIENT_FAILURE"} is said when there was none. Lines of stdout, as things happen:
 {"message": HEX}, then {"code": …, "details": …, "initial": …, "trailing": …, "connected": N},
 where N counts how often the channel has become ready.
 """
@@ -23,20 +24,25 @@ def say(**line):
 class Readiness:
     def __init__(self, channel):
         self.times = 0
+        self.failed = False
         self.change = threading.Condition()
         channel.subscribe(self.see)
 
     def see(self, state):
         with self.change:
-            if state is grpc.ChannelConnectivity.READY:
-                self.times += 1
-                self.change.notify_all()
+            self.times += state is grpc.ChannelConnectivity.READY
+            self.failed |= state is grpc.ChannelConnectivity.TRANSIENT_FAILURE
+            self.change.notify_all()
 
     def count(self):
         """Callbacks come late: the first one is waited for."""
         with self.change:
             self.change.wait_for(lambda: self.times > 0, BOUND)
             return self.times
+
+    def until_failed(self):
+        with self.change:
+            self.change.wait_for(lambda: self.failed, BOUND)
 
 
 def read(calls):
@@ -65,7 +71,12 @@ def main():
     threading.Thread(target=read, args=(calls,), daemon=True).start()
     while (call := calls.get()) is not None:
         wanted, release = call
-        call = channel.stream_stream(wanted["method"])(requests(wanted, release), timeout=BOUND)
+        waits = wanted.get("wait")
+        start = channel.stream_stream(wanted["method"])
+        call = start(requests(wanted, release), timeout=BOUND, wait_for_ready=waits)
+        if waits:
+            readiness.until_failed()
+            say(state="TRANSIENT_FAILURE")
         try:
             for message in call:
                 say(message=message.hex())
