@@ -22,6 +22,9 @@ use tokio_util::either::Either;
 
 use crate::support::PATIENCE;
 
+/// Of a connection. `h2` takes many small frames in a row for an attack, unless this is large.
+const WINDOW: u32 = 1 << 24;
+
 /// An upstream whose calls the test answers itself. It listens on a Unix socket and, as `h2`
 /// refuses the authority that new gRPC sends there, on TCP.
 pub struct Upstream {
@@ -47,7 +50,9 @@ impl Upstream {
                 };
                 let sender = sender.clone();
                 primed::task::spawn("upstream connection", async move {
-                    let mut connection = h2::server::handshake(stream).await.unwrap();
+                    let mut server = h2::server::Builder::new();
+                    server.initial_connection_window_size(WINDOW);
+                    let mut connection = server.handshake::<_, Bytes>(stream).await.unwrap();
                     while let Some(Ok(call)) = connection.accept().await {
                         sender.send(call).await.unwrap();
                     }
@@ -80,7 +85,9 @@ pub async fn in_time<T>(future: impl Future<Output = T>) -> T {
 /// A client on the Unix socket `socket`.
 pub async fn connect(socket: &Path) -> SendRequest<Bytes> {
     let stream = UnixStream::connect(socket).await.unwrap();
-    let (client, connection) = h2::client::handshake(stream).await.unwrap();
+    let mut client = h2::client::Builder::new();
+    client.initial_connection_window_size(WINDOW);
+    let (client, connection) = client.handshake(stream).await.unwrap();
     primed::task::spawn("client", connection);
     client
 }
