@@ -11,13 +11,14 @@ use std::collections::BTreeMap;
 use std::hash::{BuildHasher, RandomState};
 
 use bytes::Bytes;
-use h2::Reason;
-use http::{Response, StatusCode};
+use h2::server::SendResponse;
+use h2::{Reason, RecvStream};
+use http::{Request, Response, StatusCode};
 use serde_json::Value;
 use tempfile::TempDir;
 
 use crate::grpcio::{AnyServer, Ended, Grpcio, Session, Transport, hex, target};
-use crate::http2::{Ending, Fields, Upstream, UpstreamCall, fields, headers, read};
+use crate::http2::{Ending, Fields, Upstream, fields, headers, read};
 use crate::support::{Primed, connects, scratch};
 
 /// Who talks to whom, and how. Between them the pairs have each generation on each side of each
@@ -306,9 +307,25 @@ struct Received {
     ending: Ending,
 }
 
+impl Received {
+    async fn all_of(request: Request<RecvStream>) -> Self {
+        let (parts, body) = request.into_parts();
+        let mut headers = fields(&parts.headers);
+        headers.retain(|(name, _)| name != "grpc-timeout");
+        assert_eq!(headers.len() + 1, parts.headers.len());
+        let (body, ending) = read(body).await;
+        Received {
+            method: format!("{} {}", parts.method, parts.uri.path()),
+            headers,
+            body,
+            ending,
+        }
+    }
+}
+
 /// Has clients of C-core make a call each, without primed and through it, which `answer` answers.
 /// Both must be told the same, and send the same. Returns how the calls ended.
-async fn both_ways(answer: impl AsyncFn(&mut h2::server::SendResponse<Bytes>)) -> Vec<Ended> {
+async fn both_ways(answer: impl AsyncFn(&mut SendResponse<Bytes>)) -> Vec<Ended> {
     let scratch = scratch();
     let mut upstream = Upstream::listen(scratch.path()).await;
     let primed = Primed::start(scratch.path(), &upstream.address());
@@ -317,26 +334,18 @@ async fn both_ways(answer: impl AsyncFn(&mut h2::server::SendResponse<Bytes>)) -
         let mut seen = Vec::new();
         let directly = format!("127.0.0.1:{}", upstream.port);
         for target in [directly, target(&primed.socket())] {
-            let (said, ended) = std::sync::mpsc::channel();
-            std::thread::spawn(move || {
+            let called = primed::task::blocking("client", move || {
                 let mut session = Session::start(client, &target);
-                let _ = said.send(session.call("/some.Service/Odd%2F'method'", b"hello"));
+                session.call("/some.Service/Odd%2F'method'", b"hello")
             });
-            let (request, mut respond): UpstreamCall = upstream.call().await;
-            let (parts, body) = request.into_parts();
-            let mut parts_headers = fields(&parts.headers);
-            parts_headers.retain(|(name, _)| name != "grpc-timeout");
-            assert_eq!(parts_headers.len() + 1, parts.headers.len());
-            let (body, ending) = read(body).await;
-            let received = Received {
-                method: format!("{} {}", parts.method, parts.uri.path()),
-                headers: parts_headers,
-                body,
-                ending,
+            let answered = async {
+                let (request, mut respond) = upstream.call().await;
+                let received = Received::all_of(request).await;
+                answer(&mut respond).await;
+                received
             };
-            answer(&mut respond).await;
-            let ended = tokio::task::spawn_blocking(move || ended.recv().unwrap());
-            seen.push((received, ended.await.unwrap()));
+            let (ended, received) = tokio::join!(called, answered);
+            seen.push((received, ended.unwrap()));
         }
         assert_eq!(seen[1], seen[0], "{client:?}: left through primed");
         all.push(seen.remove(0).1);
