@@ -393,8 +393,6 @@ async fn a_reset_in_mid_stream_is_what_the_client_makes_of_it_without_primed() {
         Reason::INTERNAL_ERROR,
         Reason::REFUSED_STREAM,
         Reason::CANCEL,
-        Reason::ENHANCE_YOUR_CALM,
-        Reason::INADEQUATE_SECURITY,
     ] {
         for ended in both_ways(async |respond| {
             let mut response = Response::new(());
