@@ -8,6 +8,7 @@ const PROTOS: &[&str] = &[
     "proto/buildstream/v2/speculative_actions.proto",
     "proto/google/bytestream/bytestream.proto",
     "proto/google/longrunning/operations.proto",
+    "proto/primed/store/v1/capabilities.proto",
     "proto/primed/store/v1/records.proto",
 ];
 

@@ -1,5 +1,6 @@
-//! Addresses as users write them: `unix:PATH`, `unix-abstract:NAME`, `grpc://HOST:PORT`,
-//! `http://HOST:PORT` and `HOST:PORT`. Listeners bind them, backends and admin clients dial them.
+//! Addresses as users write them: `unix:PATH`, `unix-abstract:NAME`, `grpcs://HOST:PORT` and
+//! `https://HOST:PORT` with TLS, `grpc://HOST:PORT`, `http://HOST:PORT` and `HOST:PORT` without.
+//! Listeners bind them, backends and admin clients dial them.
 
 use std::fmt;
 use std::path::PathBuf;
@@ -21,6 +22,67 @@ pub enum Address {
         /// Port; 0 lets the system choose when listening.
         port: u16,
     },
+    /// TLS over TCP.
+    Tls {
+        /// Name or literal IP address, without brackets.
+        host: String,
+        /// Port; 0 lets the system choose when listening.
+        port: u16,
+    },
+}
+
+impl Address {
+    /// Whether what is sent there is encrypted.
+    pub fn is_tls(&self) -> bool {
+        matches!(self, Address::Tls { .. })
+    }
+
+    /// `HOST:PORT`, as HTTP names it; `None` for Unix sockets.
+    pub fn authority(&self) -> Option<String> {
+        match self {
+            Address::Tcp { host, port } | Address::Tls { host, port } => {
+                Some(format!("{}:{port}", Bracketed(host)))
+            }
+            Address::Unix(_) | Address::Abstract(_) => None,
+        }
+    }
+
+    /// Whether it is reached by a Unix socket, so that the kernel knows who connects.
+    pub fn is_unix(&self) -> bool {
+        matches!(self, Address::Unix(_) | Address::Abstract(_))
+    }
+}
+
+/// Where clients are to connect.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum ListenAddress {
+    /// A socket that primed binds.
+    At(Address),
+    /// Sockets that the service manager has bound: `systemd`, or `systemd:NAME` for those with
+    /// this `FileDescriptorName=`.
+    Passed(Option<String>),
+}
+
+impl FromStr for ListenAddress {
+    type Err = AddressError;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        Ok(match text.split_once(':') {
+            None if text == "systemd" => ListenAddress::Passed(None),
+            Some(("systemd", name)) => ListenAddress::Passed(Some(name.to_owned())),
+            _ => ListenAddress::At(text.parse()?),
+        })
+    }
+}
+
+impl fmt::Display for ListenAddress {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            ListenAddress::At(address) => address.fmt(f),
+            ListenAddress::Passed(None) => f.write_str("systemd"),
+            ListenAddress::Passed(Some(name)) => write!(f, "systemd:{name}"),
+        }
+    }
 }
 
 /// Why a text is not an address.
@@ -31,8 +93,11 @@ pub struct AddressError {
     reason: &'static str,
 }
 
-const FORMS: &str =
-    "unix:PATH, unix-abstract:NAME, grpc://HOST:PORT, http://HOST:PORT or HOST:PORT";
+const FORMS: &str = "unix:PATH, unix-abstract:NAME, grpcs://HOST:PORT or https://HOST:PORT (TLS), \
+                     grpc://HOST:PORT, http://HOST:PORT or HOST:PORT";
+
+/// Where TLS listens unless told otherwise: Bazel takes `grpcs://HOST` for this too.
+const TLS_PORT: u16 = 443;
 
 /// The longest path that fits `sockaddr_un`, with its closing NUL.
 const MAX_SOCKET_PATH: usize = 107;
@@ -65,15 +130,18 @@ impl FromStr for Address {
                 )),
             };
         }
-        let rest = match text.split_once("://") {
-            Some(("grpc" | "http", rest)) => rest.strip_suffix('/').unwrap_or(rest),
-            Some(("grpcs" | "https", _)) => return Err(error("TLS is not supported")),
+        let (tls, rest) = match text.split_once("://") {
+            Some(("grpc" | "http", rest)) => (false, rest.strip_suffix('/').unwrap_or(rest)),
+            Some(("grpcs" | "https", rest)) => (true, rest.strip_suffix('/').unwrap_or(rest)),
             Some(_) => return Err(error("the scheme is not known")),
-            None => text,
+            None => (false, text),
         };
-        let (host, port) = rest
-            .rsplit_once(':')
-            .ok_or_else(|| error("the port is missing"))?;
+        let has_port = |(_, after): &(&str, &str)| !after.ends_with(']');
+        let (host, port) = match rest.rsplit_once(':').filter(has_port) {
+            Some((host, port)) => (host, port.parse().ok()),
+            None if tls => (rest, Some(TLS_PORT)),
+            None => return Err(error("the port is missing")),
+        };
         let host = match host.strip_prefix('[') {
             Some(literal) => literal
                 .strip_suffix(']')
@@ -86,12 +154,11 @@ impl FromStr for Address {
         if host.is_empty() || host.contains(['/', ' ']) {
             return Err(error("the host is missing or malformed"));
         }
-        let port = port
-            .parse()
-            .map_err(|_| error("the port is not a number up to 65535"))?;
-        Ok(Address::Tcp {
-            host: host.to_owned(),
-            port,
+        let port = port.ok_or_else(|| error("the port is not a number up to 65535"))?;
+        let host = host.to_owned();
+        Ok(match tls {
+            true => Address::Tls { host, port },
+            false => Address::Tcp { host, port },
         })
     }
 }
@@ -101,8 +168,20 @@ impl fmt::Display for Address {
         match self {
             Address::Unix(path) => write!(f, "unix:{}", path.display()),
             Address::Abstract(name) => write!(f, "unix-abstract:{name}"),
-            Address::Tcp { host, port } if host.contains(':') => write!(f, "[{host}]:{port}"),
-            Address::Tcp { host, port } => write!(f, "{host}:{port}"),
+            Address::Tcp { host, port } => write!(f, "{}:{port}", Bracketed(host)),
+            Address::Tls { host, port } => write!(f, "grpcs://{}:{port}", Bracketed(host)),
+        }
+    }
+}
+
+/// A host as it stands before a port.
+struct Bracketed<'a>(&'a str);
+
+impl fmt::Display for Bracketed<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.0.contains(':') {
+            true => write!(f, "[{}]", self.0),
+            false => f.write_str(self.0),
         }
     }
 }
@@ -132,6 +211,11 @@ mod tests {
             ("http://localhost:50051/", "localhost:50051"),
             ("127.0.0.1:0", "127.0.0.1:0"),
             ("[::1]:8980", "[::1]:8980"),
+            ("grpcs://cas.example:8980", "grpcs://cas.example:8980"),
+            ("https://cas.example:8980/", "grpcs://cas.example:8980"),
+            ("grpcs://cas.example", "grpcs://cas.example:443"),
+            ("https://[::1]", "grpcs://[::1]:443"),
+            ("grpcs://[::1]:8980", "grpcs://[::1]:8980"),
         ] {
             assert_eq!(
                 parse(text).map(|a| a.to_string()).as_deref(),
@@ -139,6 +223,22 @@ mod tests {
                 "{text}"
             );
         }
+    }
+
+    #[test]
+    fn sockets_of_the_service_manager_are_listened_on_by_name() {
+        for (text, address) in [
+            ("systemd", ListenAddress::Passed(None)),
+            ("systemd:rpc", ListenAddress::Passed(Some("rpc".to_owned()))),
+            (
+                "unix:systemd",
+                ListenAddress::At(Address::Unix("systemd".into())),
+            ),
+        ] {
+            assert_eq!(text.parse().as_ref(), Ok(&address));
+            assert_eq!(address.to_string(), text);
+        }
+        assert!(parse("systemd").is_err(), "nobody can dial it");
     }
 
     #[test]
@@ -152,7 +252,11 @@ mod tests {
             ("localhost:70000", "not a number"),
             ("::1:8980", "brackets"),
             ("ftp://host:1", "scheme"),
-            ("grpcs://host:1", "TLS"),
+            ("[::1]", "port is missing"),
+            ("grpcs://", "host is missing"),
+            ("grpcs://host:", "not a number"),
+            ("grpcs://host/path", "host is missing or malformed"),
+            ("grpc://host", "port is missing"),
             (":80", "host is missing"),
         ] {
             let message = parse(text).map_err(|e| e.to_string()).unwrap_err();

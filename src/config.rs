@@ -1,12 +1,18 @@
 //! The settings of `primed serve`: defaults < environment < flags, resolved once into one struct.
 
+pub mod upstream;
+
 use std::num::NonZero;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use clap::ValueEnum;
 use serde::Serialize;
 
-use crate::address::{Address, AddressError};
+use self::upstream::{UpstreamConfig, UpstreamConfigError};
+use crate::address::{Address, AddressError, ListenAddress};
+use crate::tls::client::ClientTlsFiles;
+use crate::tls::server::ServerTlsFiles;
 
 /// What primed records and uses; each mode includes those before it.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, ValueEnum, Serialize)]
@@ -37,13 +43,44 @@ impl Mode {
     }
 }
 
+/// A client that is to be pleased by a change to an answer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Compat {
+    /// Bazel up to 7 speaks version 2.0 of the API and refuses a server whose oldest is newer;
+    /// buildbox-casd says 2.1, and works with 2.0 all the same.
+    Bazel,
+}
+
+/// How long things may take.
+#[derive(Clone, Copy, Debug)]
+pub struct Patience {
+    /// How long a call waits for a connection.
+    pub connect: Duration,
+    /// After how long a silence, on a connection by network with open calls, the upstream is
+    /// asked for a sign of life, and how long it has to give one.
+    pub keep_alive: Duration,
+}
+
 /// Everything that `primed serve` needs to know.
 #[derive(Clone, Debug)]
 pub struct Config {
     /// Where calls are forwarded to.
     pub upstream: Address,
+    /// What happens to them on their way.
+    pub on_the_way: UpstreamConfig,
+    /// How upstreams that are reached by TLS are verified.
+    pub upstream_tls: ClientTlsFiles,
     /// Where clients connect.
-    pub listen: Vec<Address>,
+    pub listen: Vec<ListenAddress>,
+    /// What TLS listeners show.
+    pub tls: Option<ServerTlsFiles>,
+    /// The users who may connect by Unix sockets; empty: whoever can reach the socket.
+    pub allow_uids: Vec<u32>,
+    /// How many clients may be connected at once.
+    pub max_connections: NonZero<usize>,
+    /// How many calls one client may have open on one connection.
+    pub max_streams: NonZero<u32>,
     /// Where `primed status` and `primed wait` connect.
     pub admin: Address,
     /// Where records are kept.
@@ -52,6 +89,10 @@ pub struct Config {
     pub mode: Mode,
     /// How many speculative actions run at once.
     pub max_speculative: NonZero<usize>,
+    /// How long things may take on the way upstream.
+    pub patience: Patience,
+    /// Which client is to be pleased by a change to an answer.
+    pub compat: Option<Compat>,
 }
 
 /// Why the settings cannot be used.
@@ -68,9 +109,33 @@ pub enum ConfigError {
     /// A default is no usable address.
     #[error(transparent)]
     Address(#[from] AddressError),
-    /// A listener is the upstream: primed would forward to itself.
-    #[error("primed would forward to itself: {0} is both --listen and --upstream")]
-    Loop(Address),
+    /// A listener is an upstream: primed would forward to itself.
+    #[error("primed would forward to itself: {address} is both --listen and {flag}")]
+    Loop {
+        /// Where it would listen and call.
+        address: Address,
+        /// The flag that names it as an upstream.
+        flag: &'static str,
+    },
+    /// What is to happen to calls on their way contradicts itself.
+    #[error(transparent)]
+    Upstream(#[from] UpstreamConfigError),
+    /// A TLS listener has nothing to show.
+    #[error("{0} needs a certificate; give --tls-cert and --tls-key")]
+    NoCertificate(Address),
+    /// Settings that would have no effect, where their absence matters.
+    #[error("{flag} has no effect: {reason}; {hint}")]
+    NoEffect {
+        /// The flag.
+        flag: &'static str,
+        /// Why.
+        reason: &'static str,
+        /// What to write.
+        hint: &'static str,
+    },
+    /// The admin address is no local one.
+    #[error("--admin {0}: admin pages are not served by TLS; give a Unix socket")]
+    AdminTls(Address),
 }
 
 /// The variables that defaults are made of.
@@ -82,6 +147,8 @@ pub struct Environment {
     pub state_home: Option<PathBuf>,
     /// `HOME`.
     pub home: Option<PathBuf>,
+    /// Whether the service manager passed sockets (`LISTEN_FDS`).
+    pub has_passed_sockets: bool,
 }
 
 impl Environment {
@@ -97,15 +164,23 @@ impl Environment {
             runtime_dir: path("XDG_RUNTIME_DIR"),
             state_home: path("XDG_STATE_HOME"),
             home: path("HOME"),
+            // What is malformed is reported by whoever takes the sockets.
+            has_passed_sockets: sd_notify::listen_fds().map_or(true, |sockets| sockets.len() > 0),
         }
     }
 
-    /// Where clients connect unless told otherwise.
+    /// Where clients connect unless told otherwise: by the service manager's sockets, if there
+    /// are any.
     ///
     /// # Errors
-    /// `NoDefault` without `XDG_RUNTIME_DIR`.
-    pub fn default_listen(&self) -> Result<Address, ConfigError> {
-        self.socket("remote-apis.sock", "--listen")
+    /// `NoDefault` without them and `XDG_RUNTIME_DIR`.
+    pub fn default_listen(&self) -> Result<ListenAddress, ConfigError> {
+        match self.has_passed_sockets {
+            true => Ok(ListenAddress::Passed(None)),
+            false => self
+                .socket("remote-apis.sock", "--listen")
+                .map(ListenAddress::At),
+        }
     }
 
     /// Where admin commands connect unless told otherwise.
@@ -148,10 +223,64 @@ impl Config {
     /// # Errors
     /// `ConfigError`, with what is wrong.
     pub fn check(self) -> Result<Self, ConfigError> {
-        match self.listen.iter().find(|listen| **listen == self.upstream) {
-            Some(listen) => Err(ConfigError::Loop(listen.clone())),
-            None => Ok(self),
+        self.on_the_way.check()?;
+        let mut may_be_tls = false;
+        let mut may_be_unix = false;
+        for listen in &self.listen {
+            match listen {
+                ListenAddress::At(address) => {
+                    self.refuse_loop(address)?;
+                    if address.is_tls() && self.tls.is_none() {
+                        return Err(ConfigError::NoCertificate(address.clone()));
+                    }
+                    may_be_tls |= address.is_tls();
+                    may_be_unix |= address.is_unix();
+                }
+                ListenAddress::Passed(_) => (may_be_tls, may_be_unix) = (true, true),
+            }
         }
+        let no_effect = |flag, reason, hint| ConfigError::NoEffect { flag, reason, hint };
+        if self.admin.is_tls() {
+            return Err(ConfigError::AdminTls(self.admin));
+        }
+        if self.tls.is_some() && !may_be_tls {
+            let hint = "write --listen grpcs://HOST:PORT";
+            return Err(no_effect("--tls-cert", "no --listen address is TLS", hint));
+        }
+        if !self.allow_uids.is_empty() && !may_be_unix {
+            let hint = "only there is the user of a client known";
+            return Err(no_effect(
+                "--allow-uid",
+                "no --listen address is a Unix socket",
+                hint,
+            ));
+        }
+        if let Some(flag) = self.upstream_tls.flag()
+            && !self.upstreams().any(|(_, address)| address.is_tls())
+        {
+            let hint = "write --upstream grpcs://HOST:PORT";
+            return Err(no_effect(flag, "no upstream is reached by TLS", hint));
+        }
+        Ok(self)
+    }
+
+    /// Refuses to listen where calls are forwarded to.
+    ///
+    /// # Errors
+    /// `Loop`.
+    pub fn refuse_loop(&self, listen: &Address) -> Result<(), ConfigError> {
+        match self.upstreams().find(|(_, address)| *address == listen) {
+            Some((flag, address)) => Err(ConfigError::Loop {
+                address: address.clone(),
+                flag,
+            }),
+            None => Ok(()),
+        }
+    }
+
+    /// Every backend that calls are forwarded to, with the flag that names it.
+    pub fn upstreams(&self) -> impl Iterator<Item = (&'static str, &Address)> {
+        std::iter::once(("--upstream", &self.upstream)).chain(self.on_the_way.endpoints())
     }
 }
 
@@ -171,20 +300,29 @@ mod tests {
             runtime_dir: Some("/run/user/7".into()),
             state_home: None,
             home: Some("/home/me".into()),
+            has_passed_sockets: false,
         };
-        let shown = |address: Result<Address, _>| address.map(|address| address.to_string());
+        let listen = environment.default_listen().unwrap();
         assert_eq!(
-            shown(environment.default_listen()).as_deref(),
-            Ok("unix:/run/user/7/primed/remote-apis.sock")
+            listen.to_string(),
+            "unix:/run/user/7/primed/remote-apis.sock"
         );
-        assert_eq!(
-            shown(environment.default_admin()).as_deref(),
-            Ok("unix:/run/user/7/primed/admin.sock")
-        );
+        let admin = environment.default_admin().unwrap();
+        assert_eq!(admin.to_string(), "unix:/run/user/7/primed/admin.sock");
         assert_eq!(
             environment.default_state_dir(),
             Ok("/home/me/.local/state/primed".into())
         );
+    }
+
+    #[test]
+    fn passed_sockets_stand_in_for_the_default_address() {
+        let environment = Environment {
+            has_passed_sockets: true,
+            ..Environment::default()
+        };
+        let listen = environment.default_listen();
+        assert_eq!(listen, Ok(ListenAddress::Passed(None)));
     }
 
     #[test]

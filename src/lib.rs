@@ -23,7 +23,12 @@ pub mod reapi;
 
 pub mod config;
 
+pub mod stream;
+pub mod tls;
+
 pub mod address;
 pub mod clock;
 pub mod digest;
+pub mod grpc;
+pub mod http2;
 pub mod task;

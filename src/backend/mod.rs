@@ -1,9 +1,19 @@
 //! What primed itself calls upstream: one narrow trait, so that a remote service, an embedded
 //! one and decorators (retries, metrics, faults) are the same thing to their callers.
 
+pub mod connections;
+mod credential_helper;
+pub mod credentials;
 pub mod dial;
-pub mod http2;
+pub mod endpoints;
+pub mod exchange;
+pub mod health;
+pub mod instance_rewriter;
+pub mod instances;
+mod keep_alive;
 pub mod remote;
+mod token_file;
+pub mod upstream;
 
 use std::pin::Pin;
 

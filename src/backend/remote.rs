@@ -1,26 +1,27 @@
-//! A `Backend` that is a remote service, called through tonic. The only place that knows tonic's
-//! channels: forwarded calls never come this way (see `http2`).
+//! A `Backend` that is a remote service. Its stubs are tonic's; their calls go the way of the
+//! forwarded ones, over an `Upstream`.
 
 use std::pin::Pin;
+use std::sync::Arc;
+use std::task::{Context, Poll};
 
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD_NO_PAD;
 use bytes::{Buf, Bytes};
-use hyper_util::rt::TokioIo;
+use http::header::{HeaderValue, USER_AGENT};
+use http::uri::PathAndQuery;
 use prost::Message;
 use tokio_stream::StreamExt;
 use tonic::codec::{Codec, DecodeBuf, Decoder};
-use tonic::codegen::http::Uri;
 use tonic::metadata::{BinaryMetadataKey, MetadataValue};
-use tonic::transport::{Channel, Endpoint};
 use tonic::{Code, Request, Status, async_trait};
 use tonic_prost::ProstEncoder;
 
-use super::dial::dial;
-use super::http2::{CONNECTION_WINDOW, STREAM_WINDOW};
+use super::exchange::Answer;
+use super::upstream::{Head, Upstream};
 use super::{Backend, Operations};
-use crate::address::Address;
 use crate::digest::Digest;
+use crate::http2::body::Body;
 use crate::reapi::action_cache_client::ActionCacheClient;
 use crate::reapi::capabilities_client::CapabilitiesClient;
 use crate::reapi::content_addressable_storage_client::ContentAddressableStorageClient;
@@ -37,36 +38,63 @@ use crate::reapi::{
 const MAX_MESSAGE: usize = 64 * 1024 * 1024;
 /// How much of a blob one `WriteRequest` carries.
 const WRITE_CHUNK: usize = 256 * 1024;
+const OWN_USER_AGENT: HeaderValue =
+    HeaderValue::from_static(concat!("primed/", env!("CARGO_PKG_VERSION")));
 /// REAPI's header for `RequestMetadata`.
 pub const REQUEST_METADATA_KEY: &str = "build.bazel.remote.execution.v2.requestmetadata-bin";
 
-/// A remote execution service at one address.
+/// A remote execution service.
 pub struct Remote {
-    channel: Channel,
+    caller: Caller,
 }
 
 impl Remote {
-    /// A client of `address` that connects when it is first used, on the current runtime.
-    pub fn new(address: Address) -> Self {
-        let connector = tower::service_fn(move |_: Uri| {
-            let address = address.clone();
-            async move { dial(&address).await.map(TokioIo::new) }
-        });
-        let channel = Endpoint::from_static("http://localhost")
-            .initial_stream_window_size(STREAM_WINDOW)
-            .initial_connection_window_size(CONNECTION_WINDOW)
-            .connect_with_connector_lazy(connector);
-        Remote { channel }
+    /// A client of `upstream`, to be used on one runtime.
+    pub fn new(upstream: Upstream) -> Self {
+        let caller = Caller(Arc::new(upstream));
+        Remote { caller }
     }
 
-    fn cas(&self) -> ContentAddressableStorageClient<Channel> {
-        ContentAddressableStorageClient::new(self.channel.clone())
+    fn cas(&self) -> ContentAddressableStorageClient<Caller> {
+        ContentAddressableStorageClient::new(self.caller.clone())
             .max_decoding_message_size(MAX_MESSAGE)
             .max_encoding_message_size(MAX_MESSAGE)
     }
 
-    fn byte_stream(&self) -> ByteStreamClient<Channel> {
-        ByteStreamClient::new(self.channel.clone()).max_decoding_message_size(MAX_MESSAGE)
+    fn byte_stream(&self) -> ByteStreamClient<Caller> {
+        ByteStreamClient::new(self.caller.clone()).max_decoding_message_size(MAX_MESSAGE)
+    }
+}
+
+/// What tonic's stubs call through.
+#[derive(Clone)]
+struct Caller(Arc<Upstream>);
+
+impl tower::Service<http::Request<tonic::body::Body>> for Caller {
+    type Response = http::Response<Box<Answer>>;
+    type Error = Status;
+    type Future = Pin<Box<dyn Future<Output = Result<Self::Response, Status>> + Send>>;
+
+    fn poll_ready(&mut self, _: &mut Context<'_>) -> Poll<Result<(), Status>> {
+        Poll::Ready(Ok(()))
+    }
+
+    fn call(&mut self, request: http::Request<tonic::body::Body>) -> Self::Future {
+        let upstream = self.0.clone();
+        let (parts, body) = request.into_parts();
+        Box::pin(async move {
+            let path = parts.uri.into_parts().path_and_query;
+            let mut head = Head {
+                method: parts.method,
+                path: path.unwrap_or_else(|| PathAndQuery::from_static("/")),
+                headers: parts.headers,
+            };
+            head.headers.insert(USER_AGENT, OWN_USER_AGENT);
+            let answer = upstream.call(head, Body::made(body)).await;
+            let mut answer = answer.map_err(|error| Status::unavailable(error.to_string()))?;
+            let head = std::mem::take(&mut answer.head);
+            Ok(head.map(|()| answer))
+        })
     }
 }
 
@@ -119,7 +147,7 @@ impl Backend for Remote {
         let message = GetCapabilitiesRequest {
             instance_name: instance.to_owned(),
         };
-        let answer = CapabilitiesClient::new(self.channel.clone())
+        let answer = CapabilitiesClient::new(self.caller.clone())
             .get_capabilities(request(message, None))
             .await?;
         Ok(answer.into_inner())
@@ -268,7 +296,7 @@ impl Backend for Remote {
             action_digest: Some(action.to_proto()),
             ..GetActionResultRequest::default()
         };
-        match ActionCacheClient::new(self.channel.clone())
+        match ActionCacheClient::new(self.caller.clone())
             .max_decoding_message_size(MAX_MESSAGE)
             .get_action_result(request(message, Some(action)))
             .await
@@ -292,13 +320,9 @@ impl Backend for Remote {
             ..ExecuteRequest::default()
         };
         let mut grpc =
-            tonic::client::Grpc::new(self.channel.clone()).max_decoding_message_size(MAX_MESSAGE);
-        grpc.ready()
-            .await
-            .map_err(|error| Status::unavailable(error.to_string()))?;
-        let path = http::uri::PathAndQuery::from_static(
-            "/build.bazel.remote.execution.v2.Execution/Execute",
-        );
+            tonic::client::Grpc::new(self.caller.clone()).max_decoding_message_size(MAX_MESSAGE);
+        grpc.ready().await?;
+        let path = PathAndQuery::from_static("/build.bazel.remote.execution.v2.Execution/Execute");
         let answer = grpc
             .server_streaming(request(message, Some(action)), path, RawAnswers)
             .await?;

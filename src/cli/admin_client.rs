@@ -8,12 +8,13 @@ use hyper_util::rt::TokioIo;
 
 use super::{Failure, exit_codes};
 use crate::address::Address;
-use crate::backend::dial::dial;
+use crate::backend::dial::Dialer;
 use crate::task;
 
 /// The content of the page at `path`.
 pub async fn get(admin: &Address, path: &str) -> Result<Bytes, Failure> {
-    let stream = dial(admin).await.map_err(|error| {
+    let dialer = Dialer::without_tls(admin.clone());
+    let stream = dialer.dial().await.map_err(|error| {
         let message = format!(
             "no primed answers at {admin}: {error}; start one with `primed serve`, or name its \
              admin socket with --admin"

@@ -4,6 +4,7 @@ mod admin_client;
 pub mod exit_codes;
 mod serve;
 mod status;
+mod upstream_arguments;
 mod wait;
 
 use std::process::ExitCode;
@@ -29,7 +30,7 @@ struct Cli {
 
 #[derive(Debug, Subcommand)]
 enum Command {
-    Serve(serve::Arguments),
+    Serve(Box<serve::Arguments>),
     Status(status::Arguments),
     Wait(wait::Arguments),
 }
@@ -120,7 +121,7 @@ pub fn main() -> ExitCode {
         }
     };
     let done = start_logging(&cli.log).and_then(|()| match cli.command {
-        Command::Serve(arguments) => serve::run(arguments),
+        Command::Serve(arguments) => serve::run(*arguments),
         Command::Status(arguments) => status::run(arguments),
         Command::Wait(arguments) => wait::run(arguments),
     });

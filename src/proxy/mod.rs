@@ -1,35 +1,43 @@
 //! Forwards any gRPC method, known or not, at the level of HTTP/2: headers, messages and
-//! trailers pass as they came. Two methods are also observed, and may wait for what is in
-//! flight: see `lookup` and `execution`.
+//! trailers pass as they came. A few methods get more than that, in a file each: `lookup` and
+//! `execution` are observed and may wait for what is in flight; `capabilities` are remembered, and
+//! `health` is told, for when the upstream cannot say it itself.
 
-mod body;
+mod capabilities;
 mod execution;
-mod grpc;
+mod health;
 mod lookup;
-mod response;
+mod reply;
 mod tap;
 
+use std::future::poll_fn;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
-use http::uri::{Authority, Scheme, Uri};
-use http::{HeaderMap, Request, Response, request};
-use hyper::body::Incoming;
+use h2::RecvStream;
+use http::Request;
+use http::uri::PathAndQuery;
 use prost::Message;
-use tonic::Code;
 
-use crate::address::Address;
-use crate::backend::http2::{Http2Pool, SendError, UpstreamHealth};
+use crate::backend::endpoints::Endpoint;
+use crate::backend::exchange::Answer;
 use crate::backend::remote::REQUEST_METADATA_KEY;
+use crate::backend::upstream::{Head, Upstream, UpstreamError};
 use crate::cas::Digest;
+use crate::grpc::{self, Framed, joined, split_message};
+use crate::http2::body::Body;
 use crate::reapi::{self, digest_function};
 use crate::speculation::Engine;
 use crate::speculation::flights::FlightKey;
 use crate::speculation::observation::{CallOrigin, Observation};
+use crate::task;
 use crate::workspace::peer::Peer;
 
-pub use body::{RequestBody, ResponseBody};
+pub use capabilities::Capabilities;
+pub use reply::Reply;
+use tap::Tap;
 
 /// An observed request whose message is longer than this is forwarded unobserved.
 const MAX_OBSERVED_REQUEST: usize = 64 * 1024;
@@ -38,82 +46,169 @@ const MAX_HOLD: Duration = Duration::from_secs(60);
 
 /// The forwarding path of one shard.
 pub struct Proxy {
-    upstream: Http2Pool<RequestBody>,
-    authority: Authority,
-    engine: Option<Engine>,
+    /// Where calls go.
+    pub upstream: Upstream,
+    /// What the upstream can do, as it last said.
+    pub capabilities: Arc<Capabilities>,
+    /// Without an engine nothing is observed.
+    pub engine: Option<Engine>,
+}
+
+/// One connection of a client.
+pub struct Client {
+    peer: Arc<Peer>,
+    has_called: AtomicBool,
+}
+
+impl Client {
+    /// A client that has made no call yet.
+    pub fn new(peer: Arc<Peer>) -> Self {
+        Client {
+            peer,
+            has_called: AtomicBool::new(false),
+        }
+    }
+
+    /// Whether it has made a call.
+    pub fn has_called(&self) -> bool {
+        self.has_called.load(Ordering::Relaxed)
+    }
+}
+
+/// One call of a client, as it came.
+struct Call {
+    peer: Arc<Peer>,
+    head: Head,
+    body: Body,
+    began: Instant,
 }
 
 impl Proxy {
-    /// A proxy to `address`. Without an engine nothing is observed.
-    pub fn new(address: Address, health: Arc<UpstreamHealth>, engine: Option<Engine>) -> Self {
-        let authority = match &address {
-            Address::Tcp { .. } => Authority::try_from(address.to_string()).ok(),
-            Address::Unix(_) | Address::Abstract(_) => None,
-        };
-        Proxy {
-            upstream: Http2Pool::new(address, health),
-            authority: authority.unwrap_or_else(|| Authority::from_static("localhost")),
-            engine,
-        }
-    }
-
-    /// Answers one call of `peer`.
-    pub async fn call(
-        self: &Arc<Self>,
-        peer: &Arc<Peer>,
-        first: bool,
-        request: Request<Incoming>,
-    ) -> Response<ResponseBody> {
+    /// Answers one call of `client`, in a task of its own. A method has a task of its own kind, for
+    /// what a task may come to hold is moved about when it starts.
+    pub fn serve(self: &Arc<Self>, client: &Client, request: Request<RecvStream>, reply: Reply) {
+        let first = !client.has_called.swap(true, Ordering::Relaxed);
         let (parts, body) = request.into_parts();
-        let Some(engine) = &self.engine else {
-            return self.forward(parts, RequestBody::Untouched(body)).await;
-        };
-        if first {
-            engine.observe(Observation::FirstCall(origin(peer, &parts.headers)));
-        }
-        match parts.uri.path() {
-            lookup::METHOD => lookup::call(self, engine, peer, parts, body).await,
-            execution::METHOD => execution::call(self, engine, peer, parts, body).await,
-            _ => self.forward(parts, RequestBody::Untouched(body)).await,
-        }
-    }
-
-    /// Sends a call upstream as it is. What goes wrong on the way becomes a gRPC status.
-    async fn forward(&self, parts: request::Parts, body: RequestBody) -> Response<ResponseBody> {
-        match self.upstream.send(self.upstream_request(parts, body)).await {
-            Ok(response) => response.map(ResponseBody::upstream),
-            Err(error @ SendError::Connect { .. }) => {
-                let hint = "is it running, and is this its address?";
-                response::ended(Code::Unavailable, &format!("primed: {error}; {hint}"))
-            }
-            Err(SendError::Stream { address, source }) => match grpc::reset_by_upstream(&source) {
-                Some(reason) => response::started(ResponseBody::reset(reason)),
-                None => {
-                    let error = SendError::Stream { address, source };
-                    response::ended(Code::Unavailable, &format!("primed: {error}; try again"))
-                }
+        let path = parts.uri.into_parts().path_and_query;
+        let call = Call {
+            peer: client.peer.clone(),
+            head: Head {
+                method: parts.method,
+                path: path.unwrap_or_else(|| PathAndQuery::from_static("/")),
+                headers: parts.headers,
             },
+            body: Body::stream(body),
+            began: Instant::now(),
+        };
+        if let (Some(engine), true) = (&self.engine, first) {
+            engine.observe(Observation::FirstCall(call.origin()));
+        }
+        let this = self.clone();
+        match (call.head.path.path(), &self.engine) {
+            (lookup::METHOD, Some(engine)) => {
+                task::spawn("lookup", lookup::call(this, engine.clone(), call, reply));
+            }
+            (execution::METHOD, Some(engine)) => {
+                task::spawn(
+                    "execution",
+                    execution::call(this, engine.clone(), call, reply),
+                );
+            }
+            (capabilities::METHOD, _) => {
+                task::spawn("capabilities", capabilities::call(this, call, reply));
+            }
+            (health::CHECK | health::WATCH, _) => {
+                task::spawn("health", health::call(this, call, reply));
+            }
+            _ => {
+                task::spawn("call", this.forward(call, reply, None));
+            }
         }
     }
 
-    fn upstream_request(&self, parts: request::Parts, body: RequestBody) -> Request<RequestBody> {
-        let mut request = Request::new(body);
-        let mut uri = http::uri::Parts::default();
-        uri.scheme = Some(Scheme::HTTP);
-        uri.authority = Some(self.authority.clone());
-        uri.path_and_query = parts.uri.into_parts().path_and_query;
-        *request.method_mut() = parts.method;
-        *request.uri_mut() = Uri::from_parts(uri).unwrap_or_default();
-        *request.version_mut() = http::Version::HTTP_2;
-        *request.headers_mut() = parts.headers;
-        request
+    /// Sends a call upstream as it is, and its answer back. What goes wrong on the way becomes a
+    /// gRPC status.
+    async fn forward(self: Arc<Self>, call: Call, mut reply: Reply, tap: Option<Tap>) {
+        if let Some(answer) = reply.unless_gone(self.send(call)).await {
+            reply.finish(answer, tap).await;
+        }
+    }
+
+    /// Sends a call upstream as it is, and returns when its answer has begun.
+    fn send(&self, call: Call) -> impl Future<Output = Result<Box<Answer>, UpstreamError>> {
+        let mut head = call.head;
+        grpc::deduct_from_timeout(&mut head.headers, call.began);
+        self.upstream.call(head, call.body)
+    }
+
+    /// As `send`, but fails at once where there is no connection.
+    async fn send_at_once(&self, call: Call) -> Result<Box<Answer>, UpstreamError> {
+        let endpoint = Endpoint::of_path(call.head.path.path());
+        self.upstream.reach(endpoint, Duration::ZERO).await?;
+        self.send(call).await
     }
 }
 
-fn origin(peer: &Arc<Peer>, headers: &HeaderMap) -> CallOrigin {
-    CallOrigin {
-        peer: peer.clone(),
-        metadata: headers.get(REQUEST_METADATA_KEY).cloned(),
+impl Call {
+    fn origin(&self) -> CallOrigin {
+        CallOrigin {
+            peer: self.peer.clone(),
+            metadata: self.head.headers.get(REQUEST_METADATA_KEY).cloned(),
+        }
+    }
+
+    /// The first message, if it is uncompressed and at most `limit` bytes long. Everything stays
+    /// in the body.
+    async fn first_message(&mut self, limit: usize) -> Option<Bytes> {
+        loop {
+            let mut read = self.read();
+            let size = read.len();
+            match split_message(&mut read) {
+                Some(Framed::Plain(message)) => return Some(message),
+                Some(Framed::Compressed) => return None,
+                None => {}
+            }
+            // That it broke off is seen again when it is forwarded.
+            let more = poll_fn(|cx| self.body.poll_ahead(cx))
+                .await
+                .unwrap_or(false);
+            if size > limit || !more || self.body.bare_trailers().is_some() {
+                return None;
+            }
+        }
+    }
+
+    /// What has been read of the request, in one piece.
+    fn read(&self) -> Bytes {
+        match self.body.ahead().as_slices() {
+            (chunks, []) => joined(chunks),
+            (first, second) => [first, second].concat().concat().into(),
+        }
+    }
+
+    /// The same call once more, if its request is one message that has been read whole. Ask before
+    /// it is sent.
+    fn again(&self) -> Option<Self> {
+        // Whether the client has ended the stream yet does not matter: nothing else can follow,
+        // and some clients (tonic's) do so later, with a frame of its own.
+        let mut read = self.read();
+        split_message(&mut read)?;
+        read.is_empty().then(|| {
+            let mut body = Body::empty();
+            body.put_back(self.body.ahead().clone());
+            Call {
+                peer: self.peer.clone(),
+                head: self.head.clone(),
+                body,
+                began: self.began,
+            }
+        })
+    }
+
+    /// Until when it may be held: well within the client's own deadline.
+    fn hold_until(&self) -> Instant {
+        let timeout = grpc::timeout(&self.head.headers);
+        self.began + timeout.map_or(MAX_HOLD, |timeout| (timeout / 2).min(MAX_HOLD))
     }
 }
 
@@ -160,19 +255,4 @@ fn about(instance: String, digest: Option<reapi::Digest>, digest_function: i32) 
         instance: instance.into(),
         action: Digest::try_from(&digest?).ok()?,
     }))
-}
-
-/// Until when a call that began at `began` may be held: well within the client's own deadline.
-fn hold_until(began: Instant, headers: &HeaderMap) -> Instant {
-    let hold = grpc::timeout(headers).map_or(MAX_HOLD, |timeout| (timeout / 2).min(MAX_HOLD));
-    began + hold
-}
-
-/// The parts of a request once more, for a call that may be sent twice.
-fn again(parts: &request::Parts) -> request::Parts {
-    let mut request = Request::new(());
-    *request.method_mut() = parts.method.clone();
-    *request.uri_mut() = parts.uri.clone();
-    *request.headers_mut() = parts.headers.clone();
-    request.into_parts().0
 }

@@ -2,7 +2,10 @@
 //! waits and never holds more than a bound; what it cannot keep it gives up and counts.
 
 use bytes::Bytes;
+use http::HeaderMap;
 
+use crate::grpc;
+use crate::http2::pump::Witness;
 use crate::speculation::Engine;
 use crate::speculation::observation::{Answer, Call, Observation};
 
@@ -11,17 +14,32 @@ const MAX_ANSWER: usize = 8 * 1024 * 1024;
 
 /// Which of the observed calls this is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Observed {
+pub enum Method {
     /// `GetActionResult`.
     Lookup,
     /// `Execute`.
     Execution,
 }
 
+/// What is not observed is not witnessed either.
+impl Witness for Option<Tap> {
+    fn data(&mut self, chunk: &Bytes) {
+        if let Some(tap) = self {
+            tap.data(chunk);
+        }
+    }
+
+    fn end(&mut self, trailers: Option<&HeaderMap>) {
+        if let Some(tap) = self.take() {
+            tap.end(trailers.and_then(grpc::status));
+        }
+    }
+}
+
 /// Collects the answer to one call and tells the engine when it is complete.
 pub struct Tap {
     engine: Engine,
-    observed: Observed,
+    method: Method,
     call: Call,
     size: usize,
     given_up: bool,
@@ -31,10 +49,10 @@ pub struct Tap {
 
 impl Tap {
     /// A tap for a call that has just begun.
-    pub fn new(engine: Engine, observed: Observed, call: Call) -> Self {
+    pub fn new(engine: Engine, method: Method, call: Call) -> Self {
         Tap {
             engine,
-            observed,
+            method,
             call,
             size: 0,
             given_up: false,
@@ -49,7 +67,7 @@ impl Tap {
     }
 
     /// Sees one chunk of the body.
-    pub fn data(&mut self, chunk: &Bytes) {
+    fn data(&mut self, chunk: &Bytes) {
         self.size += chunk.len();
         if self.given_up {
             return;
@@ -71,9 +89,9 @@ impl Tap {
             return;
         }
         self.call.answer.status = status;
-        self.engine.observe(match self.observed {
-            Observed::Lookup => Observation::Lookup(self.call),
-            Observed::Execution => Observation::Execution(self.call),
+        self.engine.observe(match self.method {
+            Method::Lookup => Observation::Lookup(self.call),
+            Method::Execution => Observation::Execution(self.call),
         });
     }
 

@@ -19,7 +19,7 @@ use tokio::sync::{mpsc, oneshot};
 use super::ACCEPT_PAUSE;
 use super::listen::Listener;
 use crate::address::Address;
-use crate::backend::http2::{UpstreamHealth, UpstreamState};
+use crate::backend::health::{UpstreamHealth, UpstreamState};
 use crate::speculation::engine::{Request as EngineRequest, Status};
 use crate::speculation::flights::Flights;
 use crate::task;
@@ -80,17 +80,22 @@ struct SpeculationPage {
 pub async fn serve(listener: Listener, admin: Admin) {
     loop {
         match listener.accept().await {
-            Ok((stream, _)) => {
+            Ok(accepted) => {
                 let admin = admin.clone();
                 let pages = service_fn(move |request| {
                     let admin = admin.clone();
                     async move { Ok::<_, Infallible>(admin.page(&request).await) }
                 });
-                let connection = http1::Builder::new()
-                    .timer(TokioTimer::new())
-                    .serve_connection(TokioIo::new(stream), pages);
                 task::spawn("admin connection", async move {
-                    if let Err(error) = connection.await {
+                    let stream = match accepted.into_stream().await {
+                        Ok(stream) => TokioIo::new(stream),
+                        Err(error) => {
+                            return tracing::debug!(%error, "an admin connection was lost");
+                        }
+                    };
+                    let mut http = http1::Builder::new();
+                    let connection = http.timer(TokioTimer::new());
+                    if let Err(error) = connection.serve_connection(stream, pages).await {
                         tracing::debug!(%error, "an admin connection ended with an error");
                     }
                 });

@@ -1,22 +1,28 @@
 //! Listening sockets. A socket file that nobody listens on is replaced; one that somebody does
-//! is an error that says who. Sockets are for their owner only.
+//! is an error that says who. Sockets are for their owner, or for the users of `--allow-uid`.
 
-use std::fs::{DirBuilder, File};
+use std::fs::{DirBuilder, File, Permissions};
 use std::io;
 use std::os::linux::net::SocketAddrExt;
-use std::os::unix::fs::{DirBuilderExt, MetadataExt};
+use std::os::unix::fs::{DirBuilderExt, MetadataExt, PermissionsExt};
 use std::os::unix::net as std_unix;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use rustix::fs::Mode;
-use rustix::net::sockopt::socket_peercred;
-use tokio::net::{TcpListener, UnixListener};
-use tokio_util::either::Either;
+use tokio::net::{TcpListener, TcpStream, UnixListener, UnixSocket, UnixStream};
+use tokio::sync::OwnedSemaphorePermit;
 
-use crate::address::Address;
-use crate::backend::dial::Stream;
+use super::admission::Admission;
+use super::passed::{Passed, PassedSocket};
+use crate::address::{Address, ListenAddress};
+use crate::stream::{Stream, Transport, tune_tcp};
+use crate::tls::server::ServerTls;
 use crate::workspace::peer::PeerOrigin;
 use crate::workspace::process;
+
+/// Clients that may wait for `accept`, as many as Linux allows unless told otherwise.
+const BACKLOG: u32 = 4096;
 
 /// Why an address cannot be listened on.
 #[derive(Debug, thiserror::Error)]
@@ -32,6 +38,20 @@ pub enum ListenError {
     /// A file that is no socket stands in the way.
     #[error("{0} exists and is not a socket; remove it or choose another address")]
     NotASocket(PathBuf),
+    /// The service manager passed no such socket.
+    #[error(
+        "no socket was passed for --listen {wanted}; passed: {passed:?}. Start primed from a \
+         .socket unit (its FileDescriptorName= is the name)"
+    )]
+    NotPassed {
+        /// What was asked for.
+        wanted: ListenAddress,
+        /// The names of those that are left.
+        passed: Vec<String>,
+    },
+    /// The service manager passed what cannot be used.
+    #[error("cannot use a socket that the service manager passed: {0}")]
+    Passed(io::Error),
     /// The system refused.
     #[error("cannot listen on {address}: {source}")]
     System {
@@ -46,45 +66,84 @@ pub enum ListenError {
 pub struct Listener {
     address: Address,
     socket: Socket,
+    tls: Option<Arc<ServerTls>>,
+    admission: Arc<Admission>,
 }
 
 enum Socket {
     Unix {
         listener: UnixListener,
-        /// Removes the file when the listener goes; abstract names need none.
+        /// Removes the file when the listener goes; abstract names and passed sockets need none.
         _file: Option<SocketFile>,
     },
     Tcp(TcpListener),
 }
 
+/// A client that has been let in, on its way to the runtime that will serve it.
+pub struct Accepted {
+    socket: AcceptedSocket,
+    origin: PeerOrigin,
+    tls: Option<Arc<ServerTls>>,
+    place: OwnedSemaphorePermit,
+}
+
+enum AcceptedSocket {
+    Unix(std_unix::UnixStream),
+    Tcp(std::net::TcpStream),
+}
+
+impl Accepted {
+    /// Who it is.
+    pub fn origin(&self) -> PeerOrigin {
+        self.origin
+    }
+
+    /// Registers it with the current runtime and does the TLS handshake there, if there is one.
+    /// Until the stream is dropped it counts as one of `--max-connections`.
+    ///
+    /// # Errors
+    /// What the system or TLS said; `TimedOut` for a handshake of more than ten seconds.
+    pub async fn into_stream(self) -> io::Result<Stream> {
+        let transport = match (self.socket, self.tls) {
+            (AcceptedSocket::Unix(socket), _) => Transport::Unix(UnixStream::from_std(socket)?),
+            (AcceptedSocket::Tcp(socket), None) => Transport::Tcp(TcpStream::from_std(socket)?),
+            (AcceptedSocket::Tcp(socket), Some(tls)) => {
+                let stream = tls.accept(TcpStream::from_std(socket)?).await?;
+                Transport::Tls(Box::new(stream.into()))
+            }
+        };
+        Ok(Stream::with_place(transport, self.place))
+    }
+}
+
 impl Listener {
-    /// Binds `address`. Call before other threads start: the file mode mask is the process's.
+    /// Binds `address`; `tls` is for TLS addresses.
     ///
     /// # Errors
     /// `ListenError`, which names what is in the way.
-    pub async fn bind(address: &Address) -> Result<Self, ListenError> {
+    pub async fn bind(
+        address: &Address,
+        tls: Option<&Arc<ServerTls>>,
+        admission: &Arc<Admission>,
+    ) -> Result<Self, ListenError> {
         let system = |source| ListenError::System {
             address: address.clone(),
             source,
         };
-        match address {
+        let (socket, address) = match address {
             Address::Unix(path) => {
-                create_private_directory(path).map_err(system)?;
+                let shared = admission.includes_others();
+                create_directory(path, shared).map_err(system)?;
                 let lock = remove_stale(address, path)?;
-                // Mode 0600 from the start: no moment at which others may connect.
-                let mask = rustix::process::umask(Mode::from_raw_mode(0o177));
-                let bound = UnixListener::bind(path);
-                rustix::process::umask(mask);
+                let listener = bind_unix(path, shared);
                 drop(lock);
-                let listener = bound.map_err(system)?;
+                let listener = listener.map_err(system)?;
                 let file = SocketFile::new(path).map_err(system)?;
-                Ok(Listener {
-                    address: address.clone(),
-                    socket: Socket::Unix {
-                        listener,
-                        _file: Some(file),
-                    },
-                })
+                let socket = Socket::Unix {
+                    listener,
+                    _file: Some(file),
+                };
+                (socket, address.clone())
             }
             Address::Abstract(name) => {
                 let name = std_unix::SocketAddr::from_abstract_name(name).map_err(system)?;
@@ -97,17 +156,9 @@ impl Listener {
                         _ => system(source),
                     }
                 })?;
-                listener.set_nonblocking(true).map_err(system)?;
-                let listener = UnixListener::from_std(listener).map_err(system)?;
-                Ok(Listener {
-                    address: address.clone(),
-                    socket: Socket::Unix {
-                        listener,
-                        _file: None,
-                    },
-                })
+                (unix(listener).map_err(system)?, address.clone())
             }
-            Address::Tcp { host, port } => {
+            Address::Tcp { host, port } | Address::Tls { host, port } => {
                 let bound = TcpListener::bind((host.as_str(), *port)).await;
                 let listener = bound.map_err(|source| match source.kind() {
                     io::ErrorKind::AddrInUse => ListenError::InUse {
@@ -117,14 +168,50 @@ impl Listener {
                     _ => system(source),
                 })?;
                 let port = listener.local_addr().map_err(system)?.port();
-                Ok(Listener {
-                    address: Address::Tcp {
-                        host: host.clone(),
-                        port,
-                    },
-                    socket: Socket::Tcp(listener),
-                })
+                let host = host.clone();
+                let bound = match address.is_tls() {
+                    true => Address::Tls { host, port },
+                    false => Address::Tcp { host, port },
+                };
+                (Socket::Tcp(listener), bound)
             }
+        };
+        Ok(Listener::new(socket, address, tls, admission))
+    }
+
+    /// Listens on a socket that the service manager has bound.
+    ///
+    /// # Errors
+    /// `ListenError::Passed`.
+    pub fn passed(
+        passed: PassedSocket,
+        tls: Option<&Arc<ServerTls>>,
+        admission: &Arc<Admission>,
+    ) -> Result<Self, ListenError> {
+        let address = passed.socket.address(tls.is_some());
+        let address = address.map_err(ListenError::Passed)?;
+        let socket = match passed.socket {
+            Passed::Unix(listener) => unix(listener),
+            Passed::Tcp(listener) => listener
+                .set_nonblocking(true)
+                .and_then(|()| TcpListener::from_std(listener))
+                .map(Socket::Tcp),
+        };
+        let socket = socket.map_err(ListenError::Passed)?;
+        Ok(Listener::new(socket, address, tls, admission))
+    }
+
+    fn new(
+        socket: Socket,
+        address: Address,
+        tls: Option<&Arc<ServerTls>>,
+        admission: &Arc<Admission>,
+    ) -> Self {
+        Listener {
+            tls: tls.filter(|_| address.is_tls()).cloned(),
+            admission: admission.clone(),
+            address,
+            socket,
         }
     }
 
@@ -133,38 +220,79 @@ impl Listener {
         &self.address
     }
 
-    /// Waits for the next client.
+    /// Waits for the next client that may come in, and until there is room for it.
     ///
     /// # Errors
     /// What the system said: for example that no descriptor is free.
-    pub async fn accept(&self) -> io::Result<(Stream, PeerOrigin)> {
-        match &self.socket {
-            Socket::Unix { listener, .. } => {
-                let (stream, _) = listener.accept().await?;
-                let credentials = stream.peer_cred()?;
-                let origin = PeerOrigin::Local {
-                    pid: credentials.pid(),
-                    uid: credentials.uid(),
-                };
-                Ok((Either::Left(stream), origin))
-            }
-            Socket::Tcp(listener) => {
-                let (stream, address) = listener.accept().await?;
-                stream.set_nodelay(true)?;
-                Ok((Either::Right(stream), PeerOrigin::Tcp(address)))
+    pub async fn accept(&self) -> io::Result<Accepted> {
+        loop {
+            let (socket, origin) = match &self.socket {
+                Socket::Unix { listener, .. } => {
+                    let (stream, _) = listener.accept().await?;
+                    let credentials = stream.peer_cred()?;
+                    let origin = PeerOrigin::Local {
+                        pid: credentials.pid(),
+                        uid: credentials.uid(),
+                    };
+                    (AcceptedSocket::Unix(stream.into_std()?), origin)
+                }
+                Socket::Tcp(listener) => {
+                    let (stream, address) = listener.accept().await?;
+                    let origin = PeerOrigin::Tcp(address);
+                    if let Err(error) = tune_tcp(&stream) {
+                        // It concerns this client alone, who may have left already.
+                        tracing::debug!(client = %origin, %error, "a client was lost");
+                        continue;
+                    }
+                    (AcceptedSocket::Tcp(stream.into_std()?), origin)
+                }
+            };
+            if self.admission.admits(&origin) {
+                return Ok(Accepted {
+                    socket,
+                    origin,
+                    tls: self.tls.clone(),
+                    place: self.admission.place().await?,
+                });
             }
         }
     }
 }
 
-fn create_private_directory(socket: &Path) -> io::Result<()> {
-    match socket.parent() {
-        Some(directory) if !directory.as_os_str().is_empty() => DirBuilder::new()
-            .recursive(true)
-            .mode(0o700)
-            .create(directory),
-        _ => Ok(()),
+/// Binds `path`; there is no moment at which others may connect who may not later.
+fn bind_unix(path: &Path, shared: bool) -> io::Result<UnixListener> {
+    let socket = UnixSocket::new_stream()?;
+    // Linux makes the file with the mode that the socket had before, less the process's mask.
+    rustix::fs::fchmod(&socket, Mode::from_raw_mode(0o600))?;
+    socket.bind(path)?;
+    if shared {
+        std::fs::set_permissions(path, Permissions::from_mode(0o666))?;
     }
+    socket.listen(BACKLOG)
+}
+
+fn unix(listener: std_unix::UnixListener) -> io::Result<Socket> {
+    listener.set_nonblocking(true)?;
+    Ok(Socket::Unix {
+        listener: UnixListener::from_std(listener)?,
+        _file: None,
+    })
+}
+
+fn create_directory(socket: &Path, shared: bool) -> io::Result<()> {
+    let Some(directory) = socket.parent().filter(|path| !path.as_os_str().is_empty()) else {
+        return Ok(());
+    };
+    let exists = directory.exists();
+    DirBuilder::new()
+        .recursive(true)
+        .mode(if shared { 0o755 } else { 0o700 })
+        .create(directory)?;
+    if shared && !exists {
+        // Whatever the process's mask took away.
+        std::fs::set_permissions(directory, Permissions::from_mode(0o755))?;
+    }
+    Ok(())
 }
 
 /// Removes a socket file that nobody listens on. The lock that it returns keeps a second primed
@@ -205,20 +333,17 @@ fn remove_stale(address: &Address, path: &Path) -> Result<Option<File>, ListenEr
 
 /// Who listens at the other end of `connected`, for people.
 fn holder(connected: io::Result<std_unix::UnixStream>) -> String {
-    let unknown = || "another process".to_owned();
-    let Ok(stream) = connected else {
-        return unknown();
-    };
     // On the connecting side the credentials are those of the process that called listen().
-    match socket_peercred(&stream) {
-        Ok(credentials) => {
-            let pid = credentials.pid.as_raw_nonzero().get();
-            match process::name(pid) {
-                Some(name) => format!("{name} (pid {pid})"),
-                None => format!("pid {pid}"),
-            }
-        }
-        Err(_) => unknown(),
+    let pid = connected.and_then(|stream| {
+        stream.set_nonblocking(true)?;
+        Ok(UnixStream::from_std(stream)?.peer_cred()?.pid())
+    });
+    match pid {
+        Ok(Some(pid)) => match process::name(pid) {
+            Some(name) => format!("{name} (pid {pid})"),
+            None => format!("pid {pid}"),
+        },
+        _ => "another process".to_owned(),
     }
 }
 
@@ -256,7 +381,11 @@ impl Drop for SocketFile {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::os::unix::fs::PermissionsExt;
+
+    async fn bind(address: &Address, allow_uids: &[u32]) -> Result<Listener, ListenError> {
+        let admission = Arc::new(Admission::new(allow_uids, 8));
+        Listener::bind(address, None, &admission).await
+    }
 
     fn mode(path: &Path) -> u32 {
         path.metadata().unwrap().permissions().mode() & 0o777
@@ -266,11 +395,21 @@ mod tests {
     async fn sockets_and_their_directory_are_for_their_owner_and_are_removed() {
         let scratch = tempfile::tempdir().unwrap();
         let path = scratch.path().join("primed/remote-apis.sock");
-        let listener = Listener::bind(&Address::Unix(path.clone())).await.unwrap();
+        let listener = bind(&Address::Unix(path.clone()), &[]).await.unwrap();
         assert_eq!(mode(&path), 0o600);
         assert_eq!(mode(path.parent().unwrap()), 0o700);
         drop(listener);
         assert!(!path.exists());
+    }
+
+    #[tokio::test]
+    async fn sockets_that_are_for_other_users_too_can_be_reached_by_them() {
+        let scratch = tempfile::tempdir().unwrap();
+        let path = scratch.path().join("primed/remote-apis.sock");
+        let address = Address::Unix(path.clone());
+        let _listener = bind(&address, &[4_000_000]).await.unwrap();
+        assert_eq!(mode(&path), 0o666);
+        assert_eq!(mode(path.parent().unwrap()), 0o755);
     }
 
     #[tokio::test]
@@ -280,8 +419,8 @@ mod tests {
         let address = Address::Unix(path.clone());
         drop(std_unix::UnixListener::bind(&path).unwrap());
         assert!(path.exists(), "stale");
-        let _live = Listener::bind(&address).await.unwrap();
-        let error = Listener::bind(&address).await.err().unwrap().to_string();
+        let _live = bind(&address, &[]).await.unwrap();
+        let error = bind(&address, &[]).await.err().unwrap().to_string();
         let pid = format!("(pid {})", std::process::id());
         assert!(error.contains(&pid), "{error}");
     }
@@ -291,7 +430,7 @@ mod tests {
         let scratch = tempfile::tempdir().unwrap();
         let path = scratch.path().join("notes.txt");
         std::fs::write(&path, "keep").unwrap();
-        let refused = Listener::bind(&Address::Unix(path.clone())).await;
+        let refused = bind(&Address::Unix(path.clone()), &[]).await;
         assert!(matches!(refused, Err(ListenError::NotASocket(_))));
         assert_eq!(std::fs::read_to_string(&path).unwrap(), "keep");
     }
@@ -299,8 +438,8 @@ mod tests {
     #[tokio::test]
     async fn an_abstract_name_in_use_names_its_holder() {
         let address = Address::Abstract(format!("primed-test-{}", std::process::id()));
-        let _live = Listener::bind(&address).await.unwrap();
-        let refused = Listener::bind(&address).await;
+        let _live = bind(&address, &[]).await.unwrap();
+        let refused = bind(&address, &[]).await;
         assert!(matches!(refused, Err(ListenError::InUse { .. })));
     }
 }

@@ -2,9 +2,12 @@
 //! admin socket, and an orderly end.
 
 mod admin;
+pub mod admission;
 mod authority;
+mod connection;
 mod hpack;
 pub mod listen;
+pub mod passed;
 mod shards;
 
 use std::future::Future;
@@ -15,15 +18,22 @@ use std::time::Duration;
 use tokio::sync::{mpsc, oneshot};
 use tokio_util::task::TaskTracker;
 
-use crate::backend::http2::UpstreamHealth;
+use crate::address::ListenAddress;
 use crate::backend::remote::Remote;
-use crate::config::{Config, Mode};
+use crate::backend::upstream::{RouteError, Routes, Upstream};
+use crate::config::{Config, ConfigError, Mode};
+use crate::proxy::{Capabilities, Proxy};
 use crate::speculation::Engine;
 use crate::speculation::engine::{EngineParts, Request, engine};
 use crate::speculation::flights::Flights;
 use crate::speculation::store::Store;
 use crate::task;
+use crate::tls::TlsError;
+use crate::tls::client::ClientTls;
+use crate::tls::server::ServerTls;
+use admission::{Admission, make_room};
 use listen::{ListenError, Listener};
+use passed::PassedSockets;
 use shards::Shards;
 
 pub use admin::{STATUS_PATH, StatusPage, WAIT_PATH};
@@ -35,15 +45,40 @@ const FINISH: Duration = Duration::from_secs(10);
 /// How long to leave a listener alone that cannot accept, for want of descriptors say.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
 
+/// How many commands may ask the admin socket at once.
+const MAX_ADMIN_CONNECTIONS: usize = 256;
+
 /// Why the daemon could not start.
 #[derive(Debug, thiserror::Error)]
 pub enum ServerError {
     /// An address cannot be listened on.
     #[error(transparent)]
     Listen(#[from] ListenError),
+    /// A file or name for TLS cannot be used.
+    #[error(transparent)]
+    Tls(#[from] TlsError),
+    /// The way upstream cannot be gone as it is set.
+    #[error(transparent)]
+    Route(#[from] RouteError),
+    /// The settings and what the service manager passed do not go together.
+    #[error(transparent)]
+    Config(#[from] ConfigError),
     /// The system refused a thread or a runtime.
     #[error("cannot start: {0}")]
     System(#[from] io::Error),
+}
+
+impl ServerError {
+    /// Whether other settings would help.
+    pub fn is_of_settings(&self) -> bool {
+        matches!(
+            self,
+            ServerError::Tls(_)
+                | ServerError::Route(_)
+                | ServerError::Config(_)
+                | ServerError::Listen(ListenError::NotPassed { .. } | ListenError::Passed(_))
+        )
+    }
 }
 
 /// Serves until `shutdown` completes, then drains. Call it before the process has other threads.
@@ -51,19 +86,24 @@ pub enum ServerError {
 /// # Errors
 /// `ServerError`, when it could not start; nothing listens then.
 pub async fn run(config: Config, shutdown: impl Future<Output = ()>) -> Result<(), ServerError> {
-    let mut listeners = Vec::with_capacity(config.listen.len());
-    for address in &config.listen {
-        listeners.push(Listener::bind(address).await?);
-    }
-    let admin_listener = Listener::bind(&config.admin).await?;
-    let health = Arc::new(UpstreamHealth::default());
+    let tls = upstream_tls(&config)?;
+    let routes = Arc::new(Routes::new(&config, tls)?);
+    let listeners = bind(&config).await?;
+    let for_owner = Arc::new(Admission::new(&[], MAX_ADMIN_CONNECTIONS));
+    let admin_listener = Listener::bind(&config.admin, None, &for_owner).await?;
     let flights = Flights::new(config.max_speculative.get());
     let engine = match config.mode {
         Mode::None => None,
-        _ => Some(EngineThread::start(&config, flights.clone()).await?),
+        _ => Some(EngineThread::start(&config, &routes, flights.clone()).await?),
     };
-    let handle = engine.as_ref().map(|engine| &engine.handle);
-    let shards = Shards::start(&config.upstream, &health, handle, DRAIN)?;
+    let (state_dir, upstream) = (&config.state_dir, &config.upstream);
+    let capabilities = Arc::new(Capabilities::load(state_dir, upstream, config.compat));
+    let proxy = || Proxy {
+        upstream: Upstream::new(routes.clone()),
+        capabilities: capabilities.clone(),
+        engine: engine.as_ref().map(|engine| engine.handle.clone()),
+    };
+    let shards = Shards::start(proxy, config.max_streams.get(), DRAIN)?;
     let shards = Arc::new(shards);
 
     let tasks = TaskTracker::new();
@@ -78,7 +118,7 @@ pub async fn run(config: Config, shutdown: impl Future<Output = ()>) -> Result<(
     }
     let admin = admin::Admin {
         upstream: config.upstream.clone(),
-        health,
+        health: routes.health().clone(),
         flights,
         engine: engine.as_ref().map(|engine| engine.requests.clone()),
     };
@@ -104,10 +144,54 @@ pub async fn run(config: Config, shutdown: impl Future<Output = ()>) -> Result<(
     Ok(())
 }
 
+/// What is needed to reach upstreams by TLS, if there are any.
+fn upstream_tls(config: &Config) -> Result<Option<Arc<ClientTls>>, TlsError> {
+    match config.upstreams().any(|(_, address)| address.is_tls()) {
+        true => Ok(Some(Arc::new(ClientTls::load(
+            config.upstream_tls.clone(),
+        )?))),
+        false => Ok(None),
+    }
+}
+
+/// Binds or takes over every socket for clients.
+async fn bind(config: &Config) -> Result<Vec<Listener>, ServerError> {
+    let tls = config.tls.clone().map(ServerTls::load).transpose()?;
+    let tls = tls.map(Arc::new);
+    let max_connections = make_room(config.max_connections.get());
+    let admission = Arc::new(Admission::new(&config.allow_uids, max_connections));
+    let mut passed = PassedSockets::take().map_err(ListenError::Passed)?;
+    let mut listeners = Vec::with_capacity(config.listen.len());
+    for listen in &config.listen {
+        match listen {
+            ListenAddress::At(address) => {
+                listeners.push(Listener::bind(address, tls.as_ref(), &admission).await?);
+            }
+            ListenAddress::Passed(name) => {
+                let selected = passed.select(name.as_deref());
+                if selected.is_empty() {
+                    let passed = passed.names().into_iter().map(str::to_owned).collect();
+                    let wanted = listen.clone();
+                    return Err(ListenError::NotPassed { wanted, passed }.into());
+                }
+                for socket in selected {
+                    let listener = Listener::passed(socket, tls.as_ref(), &admission)?;
+                    config.refuse_loop(listener.address())?;
+                    listeners.push(listener);
+                }
+            }
+        }
+    }
+    if !passed.names().is_empty() {
+        tracing::warn!(sockets = ?passed.names(), "no --listen takes these passed sockets");
+    }
+    Ok(listeners)
+}
+
 async fn accept(listener: Listener, shards: Arc<Shards>) {
     loop {
         let served = match listener.accept().await {
-            Ok((stream, origin)) => shards.serve(stream, origin),
+            Ok(accepted) => shards.serve(accepted),
             Err(error) => Err(error),
         };
         if let Err(error) = served {
@@ -132,20 +216,25 @@ struct EngineThread {
 }
 
 impl EngineThread {
-    async fn start(config: &Config, flights: Arc<Flights>) -> Result<Self, ServerError> {
+    async fn start(
+        config: &Config,
+        routes: &Arc<Routes>,
+        flights: Arc<Flights>,
+    ) -> Result<Self, ServerError> {
         let runtime = tokio::runtime::Builder::new_current_thread()
             .enable_all()
             .build()?;
         let (stop, stopped) = oneshot::channel();
         let (started, ready) = oneshot::channel();
-        let config = config.clone();
+        let (config, routes) = (config.clone(), routes.clone());
         let thread = std::thread::Builder::new()
             .name("engine".to_owned())
             .spawn(move || {
                 runtime.block_on(async move {
+                    let upstream = Upstream::new(routes);
                     let (handle, requests, runner) = engine(EngineParts {
                         mode: config.mode,
-                        backend: Arc::new(Remote::new(config.upstream)),
+                        backend: Arc::new(Remote::new(upstream)),
                         flights,
                         store: Arc::new(Store::open(&config.state_dir)),
                     });

@@ -3,13 +3,14 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use bytes::{Buf, Bytes};
+use bytes::Bytes;
 use http::HeaderValue;
 use prost::Message;
 use tokio::sync::{OwnedSemaphorePermit, oneshot};
 
 use super::flights::FlightKey;
 use crate::backend::remote::decode_request_metadata;
+use crate::grpc::{FRAME_HEADER, Framed, joined, split_message};
 use crate::reapi::RequestMetadata;
 use crate::workspace::peer::Peer;
 
@@ -111,42 +112,6 @@ impl Answer {
         }
     }
 }
-
-/// One gRPC message, out of its frame.
-pub enum Framed {
-    /// As it was encoded.
-    Plain(Bytes),
-    /// Compressed; left alone.
-    Compressed,
-}
-
-/// Takes the first gRPC message off `body`; `None` if it is not there in full.
-pub fn split_message(body: &mut Bytes) -> Option<Framed> {
-    let mut rest = body.clone();
-    let compressed = rest.try_get_u8().ok()? != 0;
-    let length = rest.try_get_u32().ok()? as usize;
-    if length > rest.len() {
-        return None;
-    }
-    let message = rest.split_to(length);
-    *body = rest;
-    Some(if compressed {
-        Framed::Compressed
-    } else {
-        Framed::Plain(message)
-    })
-}
-
-/// Chunks of a body in one piece; copied only if there are several.
-pub fn joined(chunks: &[Bytes]) -> Bytes {
-    match chunks {
-        [only] => only.clone(),
-        chunks => chunks.concat().into(),
-    }
-}
-
-/// Length of the prefix of a gRPC message: a flag and a big-endian length.
-pub const FRAME_HEADER: usize = 5;
 
 #[cfg(test)]
 mod tests {

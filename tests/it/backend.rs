@@ -36,6 +36,7 @@ use tokio::sync::{mpsc, oneshot, watch};
 use tokio_stream::Stream;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::codegen::BoxStream;
+use tonic::service::InterceptorLayer;
 use tonic::{Code, Request, Response, Status, Streaming, async_trait};
 
 /// The largest priority that the backend allows.
@@ -93,6 +94,8 @@ pub struct World {
     hold: watch::Sender<bool>,
     /// While it is set, blobs that primed reads come back damaged.
     pub damage: Mutex<bool>,
+    /// Calls that have another `authorization` are refused; all are welcome where it is empty.
+    pub authorization: Mutex<String>,
 }
 
 #[derive(Default)]
@@ -235,15 +238,26 @@ impl FakeBackend {
             behaviour: Mutex::new(Arc::new(compile)),
             hold: watch::Sender::new(false),
             damage: Mutex::new(false),
+            authorization: Mutex::default(),
         });
         let socket = directory.join("backend.sock");
         let (stop, stopped) = oneshot::channel();
         let service = Service(world.clone());
+        let guarded = world.clone();
+        let guard = InterceptorLayer::new(move |request: Request<()>| {
+            let wanted = guarded.authorization.lock();
+            match request.metadata().get("authorization") {
+                Some(value) if *value == **wanted => Ok(request),
+                _ if wanted.is_empty() => Ok(request),
+                _ => Err(Status::unauthenticated("who are you?")),
+            }
+        });
         let bound = std::os::unix::net::UnixListener::bind(&socket).unwrap();
         bound.set_nonblocking(true).unwrap();
         let serve = async move {
             let incoming = Incoming(UnixListener::from_std(bound).unwrap());
             tonic::transport::Server::builder()
+                .layer(guard)
                 .add_service(CapabilitiesServer::new(service.clone()))
                 .add_service(ActionCacheServer::new(service.clone()))
                 .add_service(ByteStreamServer::new(service.clone()))

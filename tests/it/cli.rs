@@ -45,7 +45,7 @@ fn assert_fails(output: &Output, code: i32, words: &[&str]) {
 
 #[test]
 fn an_address_that_is_none_is_a_usage_error_that_shows_the_forms() {
-    for address in ["ftp://host:1", "localhost", "unix:", "grpcs://host:443"] {
+    for address in ["ftp://host:1", "localhost", "unix:", "grpcs://"] {
         for flag in ["--upstream", "--listen", "--admin"] {
             let output = primed(&[], &["serve", flag, address]);
             assert_fails(&output, 64, &[flag, address, "unix:PATH", "HOST:PORT"]);
@@ -90,6 +90,86 @@ fn help_and_version_are_no_errors() {
         let output = primed(&[], arguments);
         assert_eq!(output.status.code(), Some(0));
         assert!(!output.stdout.is_empty() && output.stderr.is_empty());
+    }
+}
+
+#[test]
+fn what_cannot_be_done_on_the_way_upstream_is_a_usage_error_that_keeps_secrets() {
+    let scratch = scratch();
+    let runtime = scratch.path().display().to_string();
+    let empty = scratch.path().join("empty");
+    std::fs::write(&empty, "\n").unwrap();
+    let empty = empty.to_str().unwrap();
+    for (flag, value, words) in [
+        ("--upstream-header", "s3cret", &["NAME: VALUE"][..]),
+        ("--upstream-header", ":path: s3cret", &["HTTP/2's own"]),
+        ("--upstream-header", "grpc-status: s3cret", &["grpc-status"]),
+        (
+            "--upstream-header",
+            "x: 1\ny-bin: s3cret!",
+            &["y-bin", "base64"],
+        ),
+        ("--upstream-token-file", empty, &[empty, "empty"]),
+        (
+            "--upstream-token-file",
+            "/nonexistent",
+            &["/nonexistent", "No such file"],
+        ),
+        (
+            "--credential-helper",
+            "/nonexistent",
+            &["/nonexistent", "path of a program"],
+        ),
+        (
+            "--credential-helper",
+            "host:443=x",
+            &["HOST=PROGRAM", "without port"],
+        ),
+        ("--map-instance", "main", &["FROM=TO"]),
+        ("--map-instance", "a=b,a=c", &["'a'", "twice"]),
+        ("--cas-upstream", "nowhere", &["nowhere", "unix:PATH"]),
+    ] {
+        let variable = format!("PRIMED_{}", flag[2..].replace('-', "_").to_uppercase());
+        let base = [("XDG_RUNTIME_DIR", runtime.as_str()), ("HOME", &runtime)];
+        let by_flag = primed(&base, &["serve", "--upstream", NOBODY, flag, value]);
+        let by_variable = [base[0], base[1], (variable.as_str(), value)];
+        let by_variable = primed(&by_variable, &["serve", "--upstream", NOBODY]);
+        for output in [by_flag, by_variable] {
+            assert_fails(&output, 64, words);
+            assert_fails(&output, 64, &[flag]);
+            let said = String::from_utf8_lossy(&output.stderr);
+            assert!(!said.contains("s3cret"), "{said}");
+        }
+    }
+    let secret = [("PRIMED_UPSTREAM_HEADER", "authorization: s3cret")];
+    let help = primed(&secret, &["serve", "--help"]);
+    assert!(!String::from_utf8_lossy(&help.stdout).contains("s3cret"));
+}
+
+#[test]
+fn to_listen_where_an_endpoint_is_is_a_usage_error_that_names_its_flag() {
+    let scratch = scratch();
+    let runtime = scratch.path().display().to_string();
+    let listen = format!("unix:{runtime}/a.sock");
+    for flag in [
+        "--execution-upstream",
+        "--action-cache-upstream",
+        "--cas-upstream",
+    ] {
+        let arguments = [
+            "serve",
+            "--upstream",
+            NOBODY,
+            "--listen",
+            &listen,
+            flag,
+            &listen,
+        ];
+        let output = primed(
+            &[("XDG_RUNTIME_DIR", &runtime), ("HOME", &runtime)],
+            &arguments,
+        );
+        assert_fails(&output, 64, &["itself", &listen, flag]);
     }
 }
 

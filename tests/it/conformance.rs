@@ -17,6 +17,7 @@ use http::{Request, Response, StatusCode};
 use serde_json::Value;
 use tempfile::TempDir;
 
+use crate::certificates::Credentials;
 use crate::grpcio::{AnyServer, Ended, Grpcio, Session, Transport, hex, target};
 use crate::http2::{Ending, Fields, Upstream, fields, headers, read};
 use crate::support::{Primed, connects, scratch};
@@ -130,13 +131,14 @@ impl Pair {
             Transport::Unix => target(&primed.socket()),
             Transport::Tcp => format!("127.0.0.1:{}", primed.port()),
         };
-        let see = |target| self.client.transcript(script, target, server, arguments);
+        let calls = (script, arguments);
+        let clear = Credentials::default();
+        let see = |target| self.client.transcript(&clear, calls, target, server);
         let direct = see(server.target());
         assert_eq!(primed.status()["upstream"]["state"], "idle");
         let proxied = see(&front);
         assert_eq!(primed.status()["upstream"]["state"], "connected");
-        let differing = differences(&direct, &proxied);
-        assert!(differing.is_empty(), "{script} {arguments:?}:\n{differing}");
+        assert_same(&direct, &proxied);
         let errors = direct
             .values()
             .filter_map(|seen| seen.pointer("/server/error"));
@@ -152,6 +154,12 @@ impl Pair {
         let calls = self.same_through_primed("random_calls.py", &[&seed, "1000"]);
         assert_eq!(calls.len(), 1000);
     }
+}
+
+/// Two transcripts must be the same.
+pub fn assert_same(direct: &BTreeMap<String, Value>, proxied: &BTreeMap<String, Value>) {
+    let differing = differences(direct, proxied);
+    assert!(differing.is_empty(), "{differing}");
 }
 
 /// What is not the same in two transcripts, for people. Only the first few: one fault can spoil

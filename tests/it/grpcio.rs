@@ -12,11 +12,12 @@
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
 use std::io::Write as _;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdin, Command, Stdio};
 
 use serde_json::{Value, json};
 
+use crate::certificates::{Credentials, Issued};
 use crate::support::{Daemon, lines, tools, wait_until};
 
 /// A version of grpcio.
@@ -52,7 +53,13 @@ impl Grpcio {
 
     /// Runs a script to its end, which must be a good one, and returns what it printed.
     pub fn run(self, script: &str, arguments: &[&str]) -> String {
-        let output = self.python(script).args(arguments).output().unwrap();
+        self.run_with(&Credentials::default(), script, arguments)
+    }
+
+    fn run_with(self, credentials: &Credentials, script: &str, arguments: &[&str]) -> String {
+        let mut command = self.python(script);
+        let command = command.envs(credentials.variables()).args(arguments);
+        let output = command.output().unwrap();
         assert!(
             output.status.success(),
             "{script}: {}\n{}",
@@ -66,13 +73,13 @@ impl Grpcio {
     /// `target`, by the name of the call.
     pub fn transcript(
         self,
-        script: &str,
+        credentials: &Credentials,
+        (script, arguments): (&str, &[&str]),
         target: &str,
         server: &AnyServer,
-        arguments: &[&str],
     ) -> BTreeMap<String, Value> {
         let arguments = [&[target, server.target()], arguments].concat();
-        serde_json::from_str(&self.run(script, &arguments)).unwrap()
+        serde_json::from_str(&self.run_with(credentials, script, &arguments)).unwrap()
     }
 }
 
@@ -100,6 +107,7 @@ pub fn target(path: &Path) -> String {
 /// `server.py`, listening.
 pub struct AnyServer {
     pub daemon: Daemon,
+    socket: PathBuf,
     target: String,
     address: String,
 }
@@ -111,31 +119,66 @@ impl AnyServer {
     }
 
     pub fn start_on(transport: Transport, directory: &Path, grpcio: Grpcio) -> Self {
+        AnyServer::start_by(grpcio.python("server.py"), transport, directory, &[])
+    }
+
+    /// Listens on a Unix socket, and for TLS; with `client_ca` for clients that show a certificate
+    /// only.
+    pub fn start_tls(
+        directory: &Path,
+        grpcio: Grpcio,
+        identity: &Issued,
+        client_ca: Option<&Path>,
+    ) -> Self {
+        let mut command = grpcio.python("server.py");
+        command
+            .env("TLS_CERT", &identity.certificate)
+            .env("TLS_KEY", &identity.key)
+            .envs(client_ca.map(|path| ("TLS_CLIENT_CA", path)));
+        AnyServer::start_by(command, Transport::Unix, directory, &["127.0.0.1:0"])
+    }
+
+    fn start_by(
+        mut command: Command,
+        transport: Transport,
+        directory: &Path,
+        arguments: &[&str],
+    ) -> Self {
         let socket = directory.join("server.sock");
         let listen = match transport {
             Transport::Unix => target(&socket),
             Transport::Tcp => "127.0.0.1:0".to_owned(),
         };
-        let mut command = grpcio.python("server.py");
-        let mut daemon = Daemon::start(command.arg(&listen), directory.join("server.log"));
-        let mut port = None;
+        command.arg(&listen).args(arguments);
+        let mut daemon = Daemon::start(&mut command, directory.join("server.log"));
         wait_until("the server listens", || {
-            let log = daemon.log();
-            assert!(daemon.is_running(), "the server ended: {log}");
-            let said = log.lines().find_map(|line| line.strip_prefix("port "));
-            port = said.map(str::to_owned);
-            port.is_some()
+            assert!(daemon.is_running(), "the server ended: {}", daemon.log());
+            said_port(&daemon, "port ").is_some()
         });
-        let tcp = format!("127.0.0.1:{}", port.unwrap());
         let (target, address) = match transport {
             Transport::Unix => (listen, format!("unix:{}", socket.display())),
-            Transport::Tcp => (tcp.clone(), tcp),
+            Transport::Tcp => {
+                let tcp = format!("127.0.0.1:{}", said_port(&daemon, "port ").unwrap());
+                (tcp.clone(), tcp)
+            }
         };
         AnyServer {
             daemon,
+            socket,
             target,
             address,
         }
+    }
+
+    /// Where a server that was `start_tls`ed listens for TLS.
+    pub fn tls_port(&self) -> u16 {
+        // Said before the other port.
+        said_port(&self.daemon, "TLS port ").unwrap()
+    }
+
+    /// Where a server listens that was not started on TCP.
+    pub fn socket(&self) -> &Path {
+        &self.socket
     }
 
     /// For clients of gRPC.
@@ -147,6 +190,13 @@ impl AnyServer {
     pub fn address(&self) -> &str {
         &self.address
     }
+}
+
+/// The port in the line of `server.py` that begins with `name`.
+fn said_port(server: &Daemon, name: &str) -> Option<u16> {
+    let log = server.log();
+    let mut lines = log.lines();
+    lines.find_map(|line| line.strip_prefix(name)?.parse().ok())
 }
 
 /// How a call ended, for its client.
@@ -170,8 +220,14 @@ pub struct Session {
 
 impl Session {
     pub fn start(grpcio: Grpcio, target: &str) -> Self {
+        Session::start_with(&Credentials::default(), grpcio, target)
+    }
+
+    /// The same by TLS.
+    pub fn start_with(credentials: &Credentials, grpcio: Grpcio, target: &str) -> Self {
         let mut child = grpcio
             .python("session.py")
+            .envs(credentials.variables())
             .arg(target)
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
@@ -186,20 +242,45 @@ impl Session {
 
     /// Makes a call from its beginning to its end.
     pub fn call(&mut self, method: &str, request: &[u8]) -> Ended {
-        self.tell(&json!({"method": method, "requests": [hex(request)]}));
+        self.call_with(method, request, json!({}))
+    }
+
+    /// The same with more that `session.py` understands.
+    pub fn call_with(&mut self, method: &str, request: &[u8], mut options: Value) -> Ended {
+        options["method"] = method.into();
+        options["requests"] = json!([hex(request)]);
+        self.begin(&options);
         self.ended()
+    }
+
+    /// Makes a call that perhaps finds no connection; `connected` says nothing then.
+    pub fn call_unconnected(&mut self, method: &str, request: &[u8]) -> Ended {
+        self.call_with(method, request, json!({"hasty": true}))
+    }
+
+    /// Begins a call as `session.py` describes one.
+    pub fn begin(&mut self, call: &Value) {
+        writeln!(self.commands, "{call}").unwrap();
     }
 
     /// Begins a call whose requests do not end until it is `release`d.
     pub fn hold(&mut self, method: &str) {
-        self.tell(&json!({"method": method, "requests": [], "hold": true}));
+        self.begin(&json!({"method": method, "requests": [], "hold": true}));
     }
 
     /// Begins a call that waits for a server, and returns when there has been none.
     pub fn wait(&mut self, method: &str, request: &[u8]) {
-        self.tell(&json!({"method": method, "requests": [hex(request)], "wait": true}));
+        self.begin(&json!({"method": method, "requests": [hex(request)], "wait": true}));
         let event = self.event();
         assert_eq!(event, json!({"state": "TRANSIENT_FAILURE"}));
+    }
+
+    /// Asks `server.py`, to which this session leads directly, what it saw of the call `id`.
+    pub fn record(&mut self, id: &str) -> Value {
+        let ended = self.call("/control/Record", json!([id]).to_string().as_bytes());
+        let record: Value = serde_json::from_slice(&unhex(&ended.messages[0])).unwrap();
+        assert!(record["error"].is_null(), "{record}");
+        record
     }
 
     /// Ends the requests of the call that is held.
@@ -234,10 +315,6 @@ impl Session {
         }
     }
 
-    fn tell(&mut self, command: &Value) {
-        writeln!(self.commands, "{command}").unwrap();
-    }
-
     /// The client gives every call a deadline, so this does not wait for ever.
     fn event(&mut self) -> Value {
         let line = self.events.next().expect("the client has ended");
@@ -255,4 +332,12 @@ impl Drop for Session {
 /// `bytes` in hexadecimal digits.
 pub fn hex(bytes: &[u8]) -> String {
     bytes.iter().map(|byte| format!("{byte:02x}")).collect()
+}
+
+/// What `hex` was made of.
+pub fn unhex(digits: &str) -> Vec<u8> {
+    let pairs = (0..digits.len()).step_by(2).map(|at| &digits[at..at + 2]);
+    pairs
+        .map(|pair| u8::from_str_radix(pair, 16).unwrap())
+        .collect()
 }

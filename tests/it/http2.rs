@@ -15,11 +15,14 @@ use h2::client::{ResponseFuture, SendRequest};
 use h2::server::SendResponse;
 use h2::{Reason, RecvStream, SendStream};
 use http::{HeaderMap, HeaderName, HeaderValue, Request, Response, StatusCode};
-use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
+use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt};
 use tokio::net::{TcpListener, UnixListener, UnixStream};
 use tokio::sync::mpsc;
 use tokio_util::either::Either;
 
+use crate::frames::{
+    ACK, DATA, END_STREAM, Frame, GOAWAY, HEADERS, PING, PREFACE, RST_STREAM, SETTINGS,
+};
 use crate::support::PATIENCE;
 
 /// Of a connection. `h2` takes many small frames in a row for an attack, unless this is large.
@@ -178,20 +181,6 @@ pub fn headers(pairs: &[(&'static str, &'static [u8])]) -> HeaderMap {
     headers
 }
 
-/// The kinds of frames that are sent by hand. (RFC 9113, 6.)
-pub const DATA: u8 = 0;
-pub const HEADERS: u8 = 1;
-const RST_STREAM: u8 = 3;
-const SETTINGS: u8 = 4;
-const PING: u8 = 6;
-const GOAWAY: u8 = 7;
-pub const CONTINUATION: u8 = 9;
-
-/// Flags. Those of `SETTINGS` and `PING` that are called ACK have the bit of END_STREAM.
-pub const END_STREAM: u8 = 1;
-pub const END_HEADERS: u8 = 4;
-pub const PADDED: u8 = 8;
-
 /// A client that writes frames as the test wants them.
 pub struct Framer<S>(S);
 
@@ -206,69 +195,38 @@ pub enum Told {
 impl<S: AsyncRead + AsyncWrite + Unpin> Framer<S> {
     pub async fn open(stream: S) -> Self {
         let mut framer = Framer(stream);
-        let preface = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
-        framer.0.write_all(preface).await.unwrap();
+        framer.0.write_all(PREFACE).await.unwrap();
         framer.send(SETTINGS, 0, 0, b"").await;
         framer
     }
 
     pub async fn send(&mut self, kind: u8, flags: u8, stream: u32, payload: &[u8]) {
-        let mut frame = (payload.len() as u32).to_be_bytes()[1..].to_vec();
-        frame.extend([kind, flags]);
-        frame.extend(stream.to_be_bytes());
-        frame.extend(payload);
-        self.0.write_all(&frame).await.unwrap();
+        let frame = Frame::new(kind, flags, stream, payload);
+        frame.write(&mut self.0).await.unwrap();
     }
 
     /// Waits for the end of `stream`.
     pub async fn told(&mut self, stream: u32) -> Told {
         let mut data = Vec::new();
         loop {
-            let (kind, flags, about, payload) = in_time(self.frame()).await;
-            match kind {
-                SETTINGS | PING if flags & END_STREAM == 0 => {
-                    let echo = if kind == PING { &payload[..] } else { b"" };
-                    self.send(kind, END_STREAM, 0, echo).await;
-                }
+            let Ok(frame) = in_time(Frame::read(&mut self.0)).await else {
+                return Told::GoneAway;
+            };
+            let ours = frame.stream == stream;
+            match frame.kind {
+                SETTINGS if !frame.is_ack() => self.send(SETTINGS, ACK, 0, b"").await,
+                PING if !frame.is_ack() => self.send(PING, ACK, 0, &frame.payload).await,
                 GOAWAY => return Told::GoneAway,
-                RST_STREAM if about == stream => {
-                    let code = u32::from_be_bytes(payload[..].try_into().unwrap());
+                RST_STREAM if ours => {
+                    let code = u32::from_be_bytes(frame.payload[..].try_into().unwrap());
                     return Told::Reset(code.into());
                 }
-                DATA if about == stream => data.extend(payload),
+                DATA if ours => data.extend(frame.payload),
                 _ => {}
             }
-            if matches!(kind, DATA | HEADERS) && about == stream && flags & END_STREAM != 0 {
+            if matches!(frame.kind, DATA | HEADERS) && ours && frame.flags & END_STREAM != 0 {
                 return Told::Ended(data);
             }
         }
     }
-
-    async fn frame(&mut self) -> (u8, u8, u32, Vec<u8>) {
-        let mut head = [0; 9];
-        if self.0.read_exact(&mut head).await.is_err() {
-            return (GOAWAY, 0, 0, Vec::new());
-        }
-        let [a, b, c, kind, flags, stream @ ..] = head;
-        let mut payload = vec![0; u32::from_be_bytes([0, a, b, c]) as usize];
-        self.0.read_exact(&mut payload).await.unwrap();
-        (kind, flags, u32::from_be_bytes(stream), payload)
-    }
-}
-
-/// A header in HPACK, written out. (RFC 7541, 6.2.2.)
-pub fn literal(name: &str, value: &[u8]) -> Vec<u8> {
-    let mut field = vec![0];
-    for text in [name.as_bytes(), value] {
-        let length = text.len();
-        if length < 127 {
-            field.push(length as u8);
-        } else {
-            let rest = length - 127;
-            assert!(rest < 1 << 14);
-            field.extend([127, rest as u8 | 128, (rest >> 7) as u8]);
-        }
-        field.extend(text);
-    }
-    field
 }

@@ -6,16 +6,26 @@
     reason = "a test that cannot set the stage fails"
 )]
 
+use std::collections::BTreeSet;
 use std::fmt::Write as _;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 
-use crate::support::{make, tool};
+use crate::support::{Daemon, make, tool};
 
 /// Translation units that include `common.h`; `main.c` comes on top of them and does not.
 pub const UNITS: usize = 42;
 /// Those among them that include `few.h`, which the Makefile generates from `few.in`.
 pub const FEW: usize = 5;
+
+/// How a build ended.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Outcome {
+    /// The program is there, and prints this.
+    Built(i64),
+    /// make failed because commands did, with these exit codes.
+    Failed(BTreeSet<String>),
+}
 
 /// The project on disk, and how it is built.
 pub struct Project {
@@ -120,6 +130,43 @@ impl Project {
             .arg(format!("RECC={}", tool("recc").display()))
             .args(arguments);
         command
+    }
+
+    /// Starts `make -j2`, whose output goes to `log`.
+    pub fn begin(&self) -> Daemon {
+        Daemon::start(&mut self.command(&[]), self.log_file())
+    }
+
+    /// How many objects have been built.
+    pub fn objects(&self) -> usize {
+        let Ok(entries) = std::fs::read_dir(self.directory.join("build")) else {
+            return 0;
+        };
+        let is_object = |path: &PathBuf| path.extension().is_some_and(|extension| extension == "o");
+        let paths = entries.map(|entry| entry.unwrap().path());
+        paths.filter(is_object).count()
+    }
+
+    /// Waits for the end of a build that was begun.
+    pub fn outcome(&self, build: &mut Daemon) -> Outcome {
+        if build.exit_code() == Some(0) {
+            return Outcome::Built(self.run());
+        }
+        let log = build.log();
+        let codes = log.lines().filter_map(|line| {
+            let code = line.strip_prefix("make: ***")?.split_once("] ")?.1;
+            code.strip_prefix("Error ")
+        });
+        Outcome::Failed(codes.map(str::to_owned).collect())
+    }
+
+    /// What the build that was begun last has printed so far.
+    pub fn log(&self) -> String {
+        std::fs::read_to_string(self.log_file()).unwrap()
+    }
+
+    fn log_file(&self) -> PathBuf {
+        self.directory.with_extension("log")
     }
 
     /// Builds; fails the test if the build fails.

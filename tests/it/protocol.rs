@@ -666,7 +666,7 @@ mod odd_trees {
             }
         });
         let root = tree(&stage);
-        let before = memory(&stage);
+        let before = stage.primed.daemon.peak_memory();
         let began = Instant::now();
         for (content, expected) in [("common", Way::Executed), ("changed", Way::Found)] {
             stage.write("include/common.h", content);
@@ -679,24 +679,13 @@ mod odd_trees {
             build.end();
             stage.primed.wait();
         }
-        let (took, grown) = (began.elapsed(), memory(&stage) - before);
+        let took = began.elapsed();
+        let grown = stage.primed.daemon.peak_memory() - before;
         let speculation = &stage.primed.status()["speculation"];
         assert_eq!(speculation["unadaptable"], unadaptable);
         assert!(took < TIME, "{took:?}");
         assert!(grown < MEMORY, "{grown} bytes");
         assert!(!stage.primed.daemon.log().contains("panicked"));
-    }
-
-    /// The most memory that primed has ever held.
-    fn memory(stage: &Stage) -> u64 {
-        let status = format!("/proc/{}/status", stage.primed.daemon.pid());
-        let status = std::fs::read_to_string(status).unwrap();
-        let line = status.lines().find(|line| line.starts_with("VmHWM:"));
-        let kilobytes: u64 = line
-            .and_then(|line| line.split_ascii_whitespace().nth(1))
-            .and_then(|number| number.parse().ok())
-            .unwrap();
-        kilobytes * 1024
     }
 
     #[tokio::test]

@@ -93,6 +93,28 @@ impl Daemon {
         self.child.try_wait().unwrap().is_none()
     }
 
+    /// The most memory that it has had so far, in bytes.
+    pub fn peak_memory(&self) -> u64 {
+        let status = std::fs::read_to_string(format!("/proc/{}/status", self.pid())).unwrap();
+        let peak = status
+            .lines()
+            .find_map(|line| line.strip_prefix("VmHWM:")?.strip_suffix("kB"));
+        peak.unwrap().trim().parse::<u64>().unwrap() * 1024
+    }
+
+    /// The port that a primed chose for its listener at `scheme`127.0.0.1.
+    pub fn port(&self, scheme: &str) -> u16 {
+        let address = format!("address={scheme}127.0.0.1:");
+        let mut port = None;
+        wait_until("primed says which port it chose", || {
+            let log = self.log();
+            let said = log.lines().find_map(|line| line.split_once(&address));
+            port = said.and_then(|(_, rest)| rest.split(' ').next()?.parse().ok());
+            port.is_some()
+        });
+        port.unwrap()
+    }
+
     pub fn kill(&mut self) {
         let _ = self.child.kill();
         let _ = self.child.wait();
@@ -127,6 +149,17 @@ pub struct Casd {
 
 impl Casd {
     pub fn start(directory: &Path, jobs: usize) -> Self {
+        Casd::start_with(directory, jobs, &[])
+    }
+
+    /// One that keeps what it is asked for and passes on what it has not to `remote`.
+    pub fn proxy_of(directory: &Path, remote: &str) -> Self {
+        let remote = |service: &str| format!("--{service}-remote={remote}");
+        let remotes = [remote("cas"), remote("ac"), remote("exec")];
+        Casd::start_with(directory, 1, &remotes.each_ref().map(String::as_str))
+    }
+
+    pub fn start_with(directory: &Path, jobs: usize, arguments: &[&str]) -> Self {
         let socket = directory.join("casd.sock");
         let mut command = Command::new(tool("buildbox-casd"));
         command
@@ -136,6 +169,7 @@ impl Casd {
                 tool("buildbox-run-hosttools").display()
             ))
             .arg(format!("--jobs={jobs}"))
+            .args(arguments)
             .arg("--bind")
             .arg(format!("unix:{}", socket.display()))
             .arg(directory.join("casd"));
@@ -149,6 +183,10 @@ impl Casd {
 
     pub fn address(&self) -> String {
         format!("unix:{}", self.socket.display())
+    }
+
+    pub fn socket(&self) -> &Path {
+        &self.socket
     }
 
     /// Kills it and starts it again, with its cache, or with an empty one.
@@ -234,16 +272,7 @@ impl Primed {
 
     /// The port that it chose, where it was told to listen on `127.0.0.1:0` too.
     pub fn port(&self) -> u16 {
-        let mut port = None;
-        wait_until("primed says which port it chose", || {
-            let log = self.daemon.log();
-            let said = log
-                .lines()
-                .find_map(|line| line.split_once("address=127.0.0.1:"));
-            port = said.and_then(|(_, rest)| rest.split(' ').next()?.parse().ok());
-            port.is_some()
-        });
-        port.unwrap()
+        self.daemon.port("")
     }
 
     /// Runs `primed COMMAND`, which asks this primed.

@@ -8,6 +8,7 @@ import threading
 
 import grpc
 
+from channel import open_channel
 from shown import BOUND
 
 STREAMS = 500
@@ -56,7 +57,7 @@ def unread_streams(channel):
 def connections(target):
     for number in range(CONNECTIONS):
         options = [("grpc.use_local_subchannel_pool", 1)]
-        with grpc.insecure_channel(target, options=options) as channel:
+        with open_channel(target, options=options) as channel:
             request = b"connection %d" % number
             echo = channel.unary_unary("/many.Connections/Echo")
             assert echo(request, timeout=BOUND) == request
@@ -64,7 +65,7 @@ def connections(target):
 
 def main():
     (target,) = sys.argv[1:]
-    with grpc.insecure_channel(target) as channel:
+    with open_channel(target) as channel:
         streams_at_once(channel)
         unread_streams(channel)
     connections(target)

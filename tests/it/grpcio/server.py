@@ -1,10 +1,10 @@
-"""A gRPC server without a schema: bytes in, bytes out.  Usage: server.py ADDRESS
+"""A gRPC server without a schema: bytes in, bytes out.  Usage: server.py ADDRESS [TLS_ADDRESS]
 
-Prints the port that it listens on, which is of use with `127.0.0.1:0`. A call whose metadata hold
-a plan (plan.py) is answered as planned. Of others, the last component of the method's path names
-the behaviour (BEHAVIOURS); a method that names none does not exist. The server notes what it saw
-of each call, which its client names by `call-id`; `/control/Record` returns that note once the
-call has ended.
+Listens on ADDRESS, and for TLS on TLS_ADDRESS, and prints the ports: `port N`, `TLS port N`. A call
+whose metadata hold a plan (plan.py) is answered as planned. Of others, the last component of the
+method's path names the behaviour (BEHAVIOURS); a method that names none does not exist. The server
+notes what it saw of each call, which its client names by `call-id`; `/control/Record` returns that
+note once the call has ended.
 """
 
 import json
@@ -15,6 +15,7 @@ from concurrent import futures
 import grpc
 
 import plan
+from channel import server_credentials
 from shown import BIG, BOUND, shown_message, shown_metadata
 
 CODES = {code.value[0]: code for code in grpc.StatusCode}
@@ -342,12 +343,15 @@ class AnyMethod(grpc.GenericRpcHandler):
 
 
 def main():
-    (address,) = sys.argv[1:]
+    address, *tls_addresses = sys.argv[1:]
     server = grpc.server(futures.ThreadPoolExecutor(1024), options=BIG)
     server.add_generic_rpc_handlers((AnyMethod(),))
     port = server.add_insecure_port(address)
     if port == 0:
         sys.exit(f"cannot listen on {address}")
+    for tls_address in tls_addresses:
+        tls_port = server.add_secure_port(tls_address, server_credentials())
+        print(f"TLS port {tls_port}", flush=True)
     server.start()
     print(f"port {port}", flush=True)
     server.wait_for_termination()

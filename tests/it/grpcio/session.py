@@ -1,10 +1,13 @@
 """Makes one call after another on one channel, as told on stdin.  Usage: session.py TARGET
 
-A line of stdin is a call: {"method": PATH, "requests": [HEX, …], "hold": BOOL, "wait": BOOL}. With
-`hold` its requests do not end before the line `release`. With `wait` it waits for a server, and
-{"state": "TRANSIENT_FAILURE"} is said when there was none. Lines of stdout, as things happen:
+A line of stdin is a call: {"method": PATH, "requests": [HEX, …]} with these to choose from: "hold":
+BOOL, "hasty": BOOL, "wait": BOOL, "timeout": SECONDS, "metadata": [[KEY, VALUE], …], "gzip": BOOL.
+With `hold` its requests do not end before the line `release`; with `gzip` its messages are
+compressed; with `wait` it waits for a server, and {"state": "TRANSIENT_FAILURE"} is said when there
+was none. Lines of stdout, as things happen:
 {"message": HEX}, then {"code": …, "details": …, "initial": …, "trailing": …, "connected": N},
-where N counts how often the channel has become ready.
+where N counts how often the channel has become ready; with `hasty` its first time is not waited for,
+which may never come.
 """
 
 import json
@@ -14,6 +17,7 @@ import threading
 
 import grpc
 
+from channel import open_channel
 from shown import BOUND, shown_metadata
 
 
@@ -34,10 +38,10 @@ class Readiness:
             self.failed |= state is grpc.ChannelConnectivity.TRANSIENT_FAILURE
             self.change.notify_all()
 
-    def count(self):
+    def count(self, hasty):
         """Callbacks come late: the first one is waited for."""
         with self.change:
-            self.change.wait_for(lambda: self.times > 0, BOUND)
+            self.change.wait_for(lambda: hasty or self.times > 0, BOUND)
             return self.times
 
     def until_failed(self):
@@ -65,16 +69,21 @@ def requests(wanted, release):
 
 def main():
     (target,) = sys.argv[1:]
-    channel = grpc.insecure_channel(target)
+    channel = open_channel(target)
     readiness = Readiness(channel)
     calls = queue.Queue()
     threading.Thread(target=read, args=(calls,), daemon=True).start()
     while (call := calls.get()) is not None:
         wanted, release = call
-        waits = wanted.get("wait")
-        start = channel.stream_stream(wanted["method"])
-        call = start(requests(wanted, release), timeout=BOUND, wait_for_ready=waits)
-        if waits:
+        options = {
+            "timeout": wanted.get("timeout", BOUND),
+            "metadata": [tuple(pair) for pair in wanted.get("metadata", ())],
+            "wait_for_ready": wanted.get("wait"),
+        }
+        if wanted.get("gzip"):
+            options["compression"] = grpc.Compression.Gzip
+        call = channel.stream_stream(wanted["method"])(requests(wanted, release), **options)
+        if wanted.get("wait"):
             readiness.until_failed()
             say(state="TRANSIENT_FAILURE")
         try:
@@ -88,7 +97,7 @@ def main():
             details=call.details(),
             initial=shown_metadata(call.initial_metadata()),
             trailing=shown_metadata(call.trailing_metadata()),
-            connected=readiness.count(),
+            connected=readiness.count(wanted.get("hasty", False)),
         )
 
 

@@ -4,6 +4,7 @@ import json
 
 import grpc
 
+from channel import open_channel
 from shown import BIG, BOUND, shown_message, shown_metadata
 
 
@@ -12,7 +13,7 @@ class Transcript:
     which is asked what it saw."""
 
     def __init__(self, target, server, options=(), compression=None):
-        self.channel = grpc.insecure_channel(target, [*BIG, *options], compression)
+        self.channel = open_channel(target, [*BIG, *options], compression)
         self.control = grpc.insecure_channel(server, BIG)
         self.cases = {}
 

@@ -1,11 +1,10 @@
-//! The few words of gRPC over HTTP/2 that a proxy must speak itself.
+//! The few words of gRPC over HTTP/2 that primed must speak itself: the frames of messages, the
+//! status, and the timeout.
 
-use bytes::{BufMut, Bytes, BytesMut};
+use bytes::{Buf, BufMut, Bytes, BytesMut};
 use http::header::{HeaderMap, HeaderName, HeaderValue};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 use tonic::Code;
-
-use crate::speculation::observation::FRAME_HEADER;
 
 const GRPC_STATUS: HeaderName = HeaderName::from_static("grpc-status");
 const GRPC_MESSAGE: HeaderName = HeaderName::from_static("grpc-message");
@@ -32,6 +31,28 @@ pub fn timeout(headers: &HeaderMap) -> Option<Duration> {
     })
 }
 
+/// Takes the time since `began` off the timeout, if there is one, so that the upstream gives up when
+/// the client does. Less than a millisecond is less than the network takes.
+pub fn deduct_from_timeout(headers: &mut HeaderMap, began: Instant) {
+    if !headers.contains_key(GRPC_TIMEOUT) {
+        return;
+    }
+    let spent = began.elapsed();
+    if spent >= Duration::from_millis(1)
+        && let Some(timeout) = timeout(headers)
+    {
+        let left = timeout.saturating_sub(spent).as_millis().max(1);
+        // At most eight digits.
+        let left = match left {
+            ..=99_999_999 => format!("{left}m"),
+            _ => format!("{}S", (left / 1000).min(99_999_999)),
+        };
+        if let Ok(value) = HeaderValue::try_from(left) {
+            headers.insert(GRPC_TIMEOUT, value);
+        }
+    }
+}
+
 /// Trailers that end a call with `code` and a message for people.
 pub fn trailers(code: Code, message: &str) -> HeaderMap {
     let mut headers = HeaderMap::with_capacity(2);
@@ -44,26 +65,6 @@ pub fn trailers(code: Code, message: &str) -> HeaderMap {
     headers
 }
 
-/// Trailers for a call whose upstream broke off in the middle.
-pub fn broken_upstream(error: &dyn std::error::Error) -> HeaderMap {
-    let message = format!("primed: the upstream broke off the call ({error}); try again");
-    trailers(Code::Unavailable, &message)
-}
-
-/// The reason of a reset that the upstream sent, if that is what ended a stream.
-pub fn reset_by_upstream(error: &hyper::Error) -> Option<h2::Reason> {
-    let mut cause: Option<&(dyn std::error::Error + 'static)> = Some(error);
-    while let Some(error) = cause {
-        if let Some(error) = error.downcast_ref::<h2::Error>() {
-            return error
-                .reason()
-                .filter(|_| error.is_reset() && error.is_remote());
-        }
-        cause = error.source();
-    }
-    None
-}
-
 /// `message` with the prefix that gRPC puts before each message.
 pub fn framed(message: &[u8]) -> Bytes {
     let mut framed = BytesMut::with_capacity(FRAME_HEADER + message.len());
@@ -72,6 +73,42 @@ pub fn framed(message: &[u8]) -> Bytes {
     framed.put_slice(message);
     framed.freeze()
 }
+
+/// One gRPC message, out of its frame.
+pub enum Framed {
+    /// As it was encoded.
+    Plain(Bytes),
+    /// Compressed; left alone.
+    Compressed,
+}
+
+/// Takes the first gRPC message off `body`; `None` if it is not there in full.
+pub fn split_message(body: &mut Bytes) -> Option<Framed> {
+    let mut rest = body.clone();
+    let compressed = rest.try_get_u8().ok()? != 0;
+    let length = rest.try_get_u32().ok()? as usize;
+    if length > rest.len() {
+        return None;
+    }
+    let message = rest.split_to(length);
+    *body = rest;
+    Some(if compressed {
+        Framed::Compressed
+    } else {
+        Framed::Plain(message)
+    })
+}
+
+/// Chunks of a body in one piece; copied only if there are several.
+pub fn joined(chunks: &[Bytes]) -> Bytes {
+    match chunks {
+        [only] => only.clone(),
+        chunks => chunks.concat().into(),
+    }
+}
+
+/// Length of the prefix of a gRPC message: a flag and a big-endian length.
+pub const FRAME_HEADER: usize = 5;
 
 fn percent_encoded(message: &str) -> String {
     use std::fmt::Write as _;

@@ -1,5 +1,5 @@
-//! What breaks around primed costs at most what primed would have saved: builds go on, and what
-//! is wrong is said once. Real recc, make and buildbox-casd.
+//! What breaks around the records, or makes them wrong, costs at most what primed would have saved:
+//! builds go on, and what is wrong is said once. Real recc, make and buildbox-casd.
 
 #![allow(
     clippy::unwrap_used,
@@ -236,8 +236,7 @@ fn a_project_that_is_removed_in_mid_build_harms_nobody_else() {
 fn begin_build(project: &Project, primed: &Primed) -> Daemon {
     let newest = || primed.status()["builds"][0]["id"].clone();
     let before = newest();
-    let log = project.directory.parent().unwrap().join("make.log");
-    let mut build = Daemon::start(&mut project.command(&[]), log);
+    let mut build = project.begin();
     wait_until("the build has its first answers", || newest() != before);
     assert!(build.is_running(), "it ended too soon: {}", build.log());
     build

@@ -1,0 +1,222 @@
+//! The HTTP/2 connections of one thread to one upstream address: dialled when first needed and
+//! again after they ended, with a back-off while that fails.
+
+use std::io;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::Duration;
+
+use bytes::Bytes;
+use h2::client::Builder;
+use parking_lot::Mutex;
+use tokio::io::{AsyncRead, AsyncWrite};
+use tokio::time::Instant;
+
+use super::dial::Dialer;
+use super::exchange::Connection;
+use super::health::UpstreamHealth;
+use super::keep_alive::{Counted, Received, until_dead};
+use crate::address::Address;
+use crate::http2::{
+    HANDSHAKE_TIMEOUT, MAX_FRAME_SIZE, MAX_HEADER_LIST_SIZE, SEND_BUFFER, STREAM_WINDOW,
+    UPSTREAM_WINDOW,
+};
+use crate::task;
+
+/// One HTTP/2 connection limits 64 concurrent streams to about half of what two of them carry.
+const CONNECTIONS: usize = 2;
+/// After a failure: how long to the next attempt, doubled each time, and at most.
+const FIRST_PAUSE: Duration = Duration::from_millis(20);
+const LONGEST_PAUSE: Duration = Duration::from_secs(1);
+/// The same for Unix sockets, to which a vain attempt costs next to nothing.
+const LONGEST_LOCAL_PAUSE: Duration = Duration::from_millis(100);
+
+/// Why there is no connection.
+#[derive(Clone, Debug, thiserror::Error)]
+#[error("cannot connect to the upstream {address}: {source}")]
+pub struct ConnectError {
+    address: Address,
+    source: Arc<io::Error>,
+}
+
+/// Connections to one address.
+pub struct Connections {
+    dialer: Dialer,
+    health: Arc<UpstreamHealth>,
+    keep_alive: Duration,
+    slots: [Slot; CONNECTIONS],
+    next: AtomicUsize,
+    back_off: Mutex<BackOff>,
+}
+
+#[derive(Default)]
+struct Slot {
+    open: Mutex<Option<Connection>>,
+    dialling: tokio::sync::Mutex<()>,
+}
+
+/// After failures in a row, the next attempt has to wait.
+#[derive(Default)]
+struct BackOff {
+    pause: Duration,
+    failed: Option<(Instant, ConnectError)>,
+}
+
+impl Connections {
+    /// Connections to where `dialer` leads, made when they are first needed.
+    pub fn new(dialer: Dialer, health: Arc<UpstreamHealth>, keep_alive: Duration) -> Self {
+        Connections {
+            dialer,
+            health,
+            keep_alive,
+            slots: Default::default(),
+            next: AtomicUsize::new(0),
+            back_off: Mutex::default(),
+        }
+    }
+
+    /// A connection that takes calls, as far as is known.
+    ///
+    /// # Errors
+    /// `ConnectError`, when there is none within `patience`.
+    pub async fn ready(&self, patience: Duration) -> Result<Connection, ConnectError> {
+        let slot = &self.slots[self.next.fetch_add(1, Ordering::Relaxed) % CONNECTIONS];
+        match slot.open() {
+            Some(open) => Ok(open),
+            // Boxed: it is rare, and large for something that is part of every call.
+            None => Box::pin(self.connected(slot, patience)).await,
+        }
+    }
+
+    async fn connected(&self, slot: &Slot, patience: Duration) -> Result<Connection, ConnectError> {
+        let deadline = Instant::now() + patience;
+        loop {
+            let (pause_ends, error) = match self.turn(slot).await {
+                Ok(open) => return Ok(open),
+                Err(failed) => failed,
+            };
+            if Instant::now() >= deadline {
+                return Err(error);
+            }
+            tokio::time::sleep_until(pause_ends.min(deadline)).await;
+        }
+    }
+
+    /// Connects, or waits for whoever does so already.
+    async fn turn(&self, slot: &Slot) -> Result<Connection, (Instant, ConnectError)> {
+        let _turn = slot.dialling.lock().await;
+        if let Some(open) = slot.open() {
+            return Ok(open);
+        }
+        let open = self.connect().await?;
+        *slot.open.lock() = Some(open.clone());
+        Ok(open)
+    }
+
+    /// Connects, unless the last attempt failed too short a time ago. An error comes with the
+    /// time of the next attempt.
+    async fn connect(&self) -> Result<Connection, (Instant, ConnectError)> {
+        if let Some((pause_ends, error)) = &self.back_off.lock().failed
+            && Instant::now() < *pause_ends
+        {
+            return Err((*pause_ends, error.clone()));
+        }
+        let opening = tokio::time::timeout(HANDSHAKE_TIMEOUT, self.open());
+        let opened = opening
+            .await
+            .unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into()));
+        match opened {
+            Ok(open) => {
+                *self.back_off.lock() = BackOff::default();
+                Ok(open)
+            }
+            Err(source) => {
+                self.health.failed(self.dialer.address(), &source);
+                let error = ConnectError {
+                    address: self.dialer.address().clone(),
+                    source: Arc::new(source),
+                };
+                let longest = match self.dialer.address().is_unix() {
+                    true => LONGEST_LOCAL_PAUSE,
+                    false => LONGEST_PAUSE,
+                };
+                let mut back_off = self.back_off.lock();
+                back_off.pause = (back_off.pause * 2).clamp(FIRST_PAUSE, longest);
+                let pause_ends = Instant::now() + back_off.pause;
+                back_off.failed = Some((pause_ends, error.clone()));
+                Err((pause_ends, error))
+            }
+        }
+    }
+
+    async fn open(&self) -> io::Result<Connection> {
+        let received = Received::default();
+        let stream = Counted::new(self.dialer.dial().await?, received.clone());
+        let (calls, mut connection) = Builder::new()
+            .initial_window_size(STREAM_WINDOW)
+            .initial_connection_window_size(UPSTREAM_WINDOW)
+            .max_frame_size(MAX_FRAME_SIZE)
+            .max_header_list_size(MAX_HEADER_LIST_SIZE)
+            .max_send_buffer_size(SEND_BUFFER)
+            .max_concurrent_reset_streams(1024)
+            .enable_push(false)
+            .handshake(stream)
+            .await
+            .map_err(|error| match error.into_io() {
+                Some(error) => error,
+                None => io::ErrorKind::InvalidData.into(),
+            })?;
+        self.health.opened(self.dialer.address());
+        let open = Connection {
+            calls,
+            open: Arc::default(),
+        };
+        // A Unix socket's other end cannot vanish in silence.
+        let by_network = !self.dialer.address().is_unix();
+        let ping_pong = by_network.then(|| connection.ping_pong()).flatten();
+        let watched = ping_pong
+            .map(|ping_pong| until_dead(open.open.clone(), ping_pong, received, self.keep_alive));
+        let driven = drive(connection, watched, self.keep_alive);
+        let (health, address) = (self.health.clone(), self.dialer.address().clone());
+        task::spawn("upstream connection", async move {
+            let ended = driven.await;
+            health.closed();
+            if let Err(error) = ended {
+                health.failed(&address, &error);
+            }
+        });
+        Ok(open)
+    }
+}
+
+impl Slot {
+    fn open(&self) -> Option<Connection> {
+        let mut open = self.open.lock();
+        let connection = open.as_mut()?;
+        // Never pending: that is only so for a handle whose own last call waits to be opened.
+        let mut context = std::task::Context::from_waker(std::task::Waker::noop());
+        if let std::task::Poll::Ready(Err(_)) = connection.calls.poll_ready(&mut context) {
+            *open = None;
+        }
+        open.clone()
+    }
+}
+
+/// Carries one connection to its end, or gives it up when the watch on it says so.
+async fn drive<S>(
+    connection: h2::client::Connection<S, Bytes>,
+    watched: Option<impl Future<Output = ()>>,
+    silence: Duration,
+) -> Result<(), String>
+where
+    S: AsyncRead + AsyncWrite + Unpin,
+{
+    let ended = |ended: Result<(), h2::Error>| ended.map_err(|error| error.to_string());
+    let Some(watched) = watched else {
+        return ended(connection.await);
+    };
+    tokio::select! {
+        result = connection => ended(result),
+        () = watched => Err(format!("no sign of life for {silence:?} twice")),
+    }
+}

@@ -1,0 +1,291 @@
+//! One call on its way upstream: the request is moved along while the answer is waited for.
+
+use std::collections::VecDeque;
+use std::future::poll_fn;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::task::{Context, Poll, ready};
+
+use bytes::Bytes;
+use h2::Reason;
+use h2::client::{ResponseFuture, SendRequest};
+use http::{HeaderMap, Request, Response};
+use http_body::Frame;
+
+use crate::grpc;
+use crate::http2::body::{Body, BodyError};
+use crate::http2::pump::{Pump, PumpError, Sink, Witness};
+
+/// A request of which no more than this has been sent can be sent again, to another connection.
+const MAX_KEPT: usize = 64 * 1024;
+
+/// A connection that takes calls, as far as is known.
+#[derive(Clone)]
+pub struct Connection {
+    /// Where calls are begun.
+    pub calls: SendRequest<Bytes>,
+    /// The connection's mark, of which each open call holds a clone.
+    pub open: Arc<()>,
+}
+
+/// Why a call got no answer, or not all of it.
+#[derive(Debug, thiserror::Error)]
+pub enum CallError {
+    /// The upstream reset the stream; what that means is for the client to say.
+    #[error("the upstream reset the call: {0}")]
+    Reset(Reason),
+    /// The connection broke, or was given up.
+    #[error("the connection to the upstream broke off: {0}")]
+    Broken(h2::Error),
+    /// The sender of the request broke off; there is nobody left to answer.
+    #[error("the request broke off: {0}")]
+    Request(BodyError),
+}
+
+impl From<BodyError> for CallError {
+    fn from(error: BodyError) -> Self {
+        match error.downcast::<h2::Error>() {
+            Ok(error) => CallError::from(*error),
+            Err(error) => CallError::Request(error),
+        }
+    }
+}
+
+impl From<h2::Error> for CallError {
+    fn from(error: h2::Error) -> Self {
+        match error.reason() {
+            Some(reason) if error.is_reset() && error.is_remote() => CallError::Reset(reason),
+            _ => CallError::Broken(error),
+        }
+    }
+}
+
+/// A call whose answer has not begun.
+pub struct Exchange {
+    request: Sending,
+    response: ResponseFuture,
+    kept: Kept,
+}
+
+/// The request's direction of a call.
+#[derive(Default)]
+struct Sending {
+    /// None once all of it is on its way.
+    pump: Option<Pump>,
+    /// The upstream wants no more of it. That is no failure: the answer tells why.
+    stopped: bool,
+    /// Marks the call as open, for the watch on the connection.
+    _open: Arc<()>,
+}
+
+impl Sending {
+    fn poll<W: Witness>(&mut self, cx: &mut Context<'_>, witness: &mut W) -> Result<(), CallError> {
+        let Some(pump) = self.pump.as_mut().filter(|_| !self.stopped) else {
+            return Ok(());
+        };
+        match pump.poll(cx, witness) {
+            Poll::Pending => {}
+            Poll::Ready(Ok(())) => self.pump = None,
+            Poll::Ready(Err(PumpError::Sink)) => self.stopped = true,
+            Poll::Ready(Err(PumpError::Source(error))) => return Err(CallError::Request(error)),
+        }
+        Ok(())
+    }
+}
+
+/// The beginning of a request, in case it must be sent again.
+#[derive(Default)]
+struct Kept {
+    chunks: VecDeque<Bytes>,
+    size: usize,
+}
+
+impl Witness for Kept {
+    fn data(&mut self, chunk: &Bytes) {
+        self.size += chunk.len();
+        if self.size <= MAX_KEPT {
+            self.chunks.push_back(chunk.clone());
+        } else {
+            self.chunks = VecDeque::new();
+        }
+    }
+
+    fn end(&mut self, trailers: Option<&HeaderMap>) {
+        if trailers.is_some() {
+            self.size = usize::MAX;
+        }
+    }
+}
+
+/// What came of waiting for an answer.
+pub enum Begun {
+    /// It has begun. Boxed, for it is passed through many hands.
+    Answer(Box<Answer>),
+    /// The upstream went away (GOAWAY) without having looked at the call, which may be sent anew.
+    NotProcessed(Body, h2::Error),
+}
+
+impl Exchange {
+    /// Sends `head` and what there is of `body`.
+    ///
+    /// # Errors
+    /// `CallError`, when the connection takes no new call.
+    pub fn begin(
+        mut connection: Connection,
+        head: Request<()>,
+        body: Body,
+    ) -> Result<Self, CallError> {
+        let is_end = body.is_end_stream();
+        let (response, stream) = connection.calls.send_request(head, is_end)?;
+        Ok(Exchange {
+            request: Sending {
+                pump: (!is_end).then(|| Pump::new(body, Sink::new(stream))),
+                stopped: false,
+                _open: connection.open,
+            },
+            response,
+            kept: Kept::default(),
+        })
+    }
+
+    /// The request from its beginning, if it is all still there.
+    fn take_request(&mut self) -> Option<Body> {
+        let kept = std::mem::take(&mut self.kept);
+        if kept.size > MAX_KEPT {
+            return None;
+        }
+        let mut body = match self.request.pump.take() {
+            // What the pump itself still holds was kept too.
+            Some(pump) => pump.into_source(),
+            None => Body::empty(),
+        };
+        body.put_back(kept.chunks);
+        Some(body)
+    }
+}
+
+/// Waits for the answer's headers, sending the request meanwhile. Not to be polled again then.
+///
+/// # Errors
+/// `CallError`, when there will be none.
+impl Future for Exchange {
+    type Output = Result<Begun, CallError>;
+
+    fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
+        let this = &mut *self;
+        this.request.poll(cx, &mut this.kept)?;
+        Poll::Ready(match ready!(Pin::new(&mut this.response).poll(cx)) {
+            Ok(head) => {
+                let (head, body) = head.into_parts();
+                Ok(Begun::Answer(Box::new(Answer {
+                    head: Response::from_parts(head, ()),
+                    body: Body::stream(body),
+                    request: std::mem::take(&mut this.request),
+                })))
+            }
+            // Streams that a GOAWAY counts as not processed fail with it; others go on.
+            Err(error) if error.is_go_away() && error.is_remote() => match this.take_request() {
+                Some(body) => Ok(Begun::NotProcessed(body, error)),
+                None => Err(CallError::Broken(error)),
+            },
+            Err(error) => Err(error.into()),
+        })
+    }
+}
+
+/// The answer to a call, from its headers on.
+pub struct Answer {
+    /// Status and headers.
+    pub head: Response<()>,
+    body: Body,
+    request: Sending,
+}
+
+/// How the passing on of an answer ended.
+pub enum Passed {
+    /// With the end of the answer.
+    Whole,
+    /// The receiver has gone; the call is cancelled.
+    ReceiverGone,
+    /// The answer broke off. The receiver's stream is still open.
+    BrokenOff(CallError, Sink),
+}
+
+impl Answer {
+    /// Whether there is nothing but headers: "Trailers-Only" in gRPC's words.
+    pub fn is_end_stream(&self) -> bool {
+        self.body.is_end_stream()
+    }
+
+    /// The trailers, if nothing comes before them. Waits for whatever comes first, and takes
+    /// nothing away.
+    ///
+    /// # Errors
+    /// `CallError`, when the answer breaks off instead.
+    async fn bare_trailers(&mut self) -> Result<Option<&HeaderMap>, CallError> {
+        let Answer { body, request, .. } = self;
+        poll_fn(|cx| {
+            request.poll(cx, &mut ())?;
+            body.poll_ahead(cx).map_err(CallError::from)
+        })
+        .await?;
+        Ok(body.bare_trailers())
+    }
+
+    /// The gRPC status, as far as it is known before any message.
+    pub async fn early_status(&mut self) -> Option<u32> {
+        match grpc::status(self.head.headers()) {
+            Some(status) => Some(status),
+            // That an answer broke off is seen again when it is passed on.
+            None => self.bare_trailers().await.ok()?.and_then(grpc::status),
+        }
+    }
+
+    /// Passes the body on, while the rest of the request goes the other way.
+    pub async fn pass_on<W: Witness>(self: Box<Self>, to: Sink, witness: &mut W) -> Passed {
+        let mut request = self.request;
+        let mut answer = Pump::new(self.body, to);
+        let broken = poll_fn(|cx| {
+            if let Err(CallError::Request(_)) = request.poll(cx, &mut ()) {
+                return Poll::Ready(Err(None));
+            }
+            match answer.poll(cx, witness) {
+                Poll::Ready(Ok(())) => Poll::Ready(Ok(())),
+                Poll::Ready(Err(PumpError::Sink)) => Poll::Ready(Err(None)),
+                Poll::Ready(Err(PumpError::Source(error))) => {
+                    Poll::Ready(Err(Some(CallError::from(error))))
+                }
+                Poll::Pending => answer.poll_sink_gone(cx).map(|_| Err(None)),
+            }
+        })
+        .await;
+        match broken {
+            Ok(()) => Passed::Whole,
+            Err(None) => Passed::ReceiverGone,
+            Err(Some(error)) => Passed::BrokenOff(error, answer.into_sink()),
+        }
+    }
+}
+
+/// For primed's own stubs.
+impl http_body::Body for Answer {
+    type Data = Bytes;
+    type Error = CallError;
+
+    fn poll_frame(
+        self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, CallError>>> {
+        let this = self.get_mut();
+        this.request.poll(cx, &mut ())?;
+        if let Some(chunk) = ready!(this.body.poll_data(cx)) {
+            return Poll::Ready(Some(chunk.map(Frame::data).map_err(CallError::from)));
+        }
+        let trailers = ready!(this.body.poll_trailers(cx)).map_err(CallError::from)?;
+        Poll::Ready(trailers.map(|trailers| Ok(Frame::trailers(trailers))))
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.body.is_end_stream()
+    }
+}

@@ -1,0 +1,155 @@
+//! The body of a call in one direction, read chunk by chunk. Chunks pass by reference count;
+//! nothing is copied or decoded.
+
+use std::collections::VecDeque;
+use std::pin::Pin;
+use std::task::{Context, Poll, ready};
+
+use bytes::Bytes;
+use h2::RecvStream;
+use http::HeaderMap;
+use http_body::Body as _;
+use http_body_util::BodyExt as _;
+
+/// Why a body ended before its end.
+pub type BodyError = Box<dyn std::error::Error + Send + Sync>;
+
+/// A body that primed's own stubs produce.
+type Made = Pin<Box<dyn http_body::Body<Data = Bytes, Error = BodyError> + Send>>;
+
+/// A body on its way through primed. It may have been read from already: what was read is kept
+/// and comes first.
+pub struct Body {
+    ahead: VecDeque<Bytes>,
+    rest: Rest,
+    /// Read ahead of their time.
+    trailers: Option<HeaderMap>,
+}
+
+enum Rest {
+    Stream(RecvStream),
+    Made(Made),
+    Nothing,
+}
+
+impl Body {
+    /// What a peer sends.
+    pub fn stream(stream: RecvStream) -> Self {
+        Body::of(Rest::Stream(stream))
+    }
+
+    /// What one of primed's own stubs sends.
+    pub fn made<B>(body: B) -> Self
+    where
+        B: http_body::Body<Data = Bytes> + Send + 'static,
+        B::Error: Into<BodyError>,
+    {
+        Body::of(Rest::Made(Box::pin(body.map_err(Into::into))))
+    }
+
+    /// Nothing, until something is put back.
+    pub fn empty() -> Self {
+        Body::of(Rest::Nothing)
+    }
+
+    fn of(rest: Rest) -> Self {
+        Body {
+            ahead: VecDeque::new(),
+            rest,
+            trailers: None,
+        }
+    }
+
+    /// The chunks that were read ahead.
+    pub fn ahead(&self) -> &VecDeque<Bytes> {
+        &self.ahead
+    }
+
+    /// The trailers, if they were read ahead and nothing stands before them.
+    pub fn bare_trailers(&self) -> Option<&HeaderMap> {
+        self.trailers.as_ref().filter(|_| self.ahead.is_empty())
+    }
+
+    /// Puts `chunks` back, before everything else.
+    pub fn put_back(&mut self, mut chunks: VecDeque<Bytes>) {
+        chunks.append(&mut self.ahead);
+        self.ahead = chunks;
+    }
+
+    /// Reads one more chunk ahead, or the trailers. Ready with false if there is neither.
+    ///
+    /// # Errors
+    /// `BodyError`, when the body broke off; whoever reads on sees it too.
+    pub fn poll_ahead(&mut self, cx: &mut Context<'_>) -> Poll<Result<bool, BodyError>> {
+        if let Some(chunk) = ready!(self.rest.poll_data(cx)) {
+            self.ahead.push_back(chunk?);
+            return Poll::Ready(Ok(true));
+        }
+        if self.trailers.is_none() {
+            self.trailers = ready!(self.poll_trailers(cx))?;
+        }
+        Poll::Ready(Ok(self.trailers.is_some()))
+    }
+
+    /// The next chunk; `None` after the last one.
+    pub fn poll_data(&mut self, cx: &mut Context<'_>) -> Poll<Option<Result<Bytes, BodyError>>> {
+        match self.ahead.pop_front() {
+            Some(chunk) => Poll::Ready(Some(Ok(chunk))),
+            None => self.rest.poll_data(cx),
+        }
+    }
+
+    /// The trailers, once `poll_data` has said that there is no more data.
+    pub fn poll_trailers(
+        &mut self,
+        cx: &mut Context<'_>,
+    ) -> Poll<Result<Option<HeaderMap>, BodyError>> {
+        match (self.trailers.take(), &mut self.rest) {
+            (None, Rest::Stream(stream)) => stream.poll_trailers(cx).map_err(Into::into),
+            (trailers, _) => Poll::Ready(Ok(trailers)),
+        }
+    }
+
+    /// Whether neither data nor trailers follow.
+    pub fn is_end_stream(&self) -> bool {
+        self.ahead.is_empty()
+            && self.trailers.is_none()
+            && match &self.rest {
+                Rest::Stream(stream) => stream.is_end_stream(),
+                Rest::Made(body) => body.is_end_stream(),
+                Rest::Nothing => true,
+            }
+    }
+}
+
+impl Rest {
+    fn poll_data(&mut self, cx: &mut Context<'_>) -> Poll<Option<Result<Bytes, BodyError>>> {
+        match self {
+            Rest::Stream(stream) => Poll::Ready(match ready!(stream.poll_data(cx)) {
+                Some(Ok(chunk)) => {
+                    // The sender may send as much again. Nothing grows by that: a chunk that
+                    // cannot be passed on is held, and until it is gone no other is read.
+                    match stream.flow_control().release_capacity(chunk.len()) {
+                        Ok(()) => Some(Ok(chunk)),
+                        Err(error) => Some(Err(error.into())),
+                    }
+                }
+                Some(Err(error)) => Some(Err(error.into())),
+                None => None,
+            }),
+            Rest::Made(body) => loop {
+                match ready!(body.as_mut().poll_frame(cx)) {
+                    Some(Ok(frame)) => {
+                        // gRPC's requests have no trailers.
+                        if let Ok(data) = frame.into_data() {
+                            return Poll::Ready(Some(Ok(data)));
+                        }
+                    }
+                    Some(Err(error)) => return Poll::Ready(Some(Err(error))),
+                    None => return Poll::Ready(None),
+                }
+            },
+            Rest::Nothing => Poll::Ready(None),
+        }
+    }
+}

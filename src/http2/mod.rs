@@ -1,0 +1,30 @@
+//! What both ends of a forwarded call share: bodies, what moves them, and the settings of HTTP/2.
+//!
+//! Raw `h2`, because every layer above it costs: it lets a request's headers and its first message
+//! leave in one write, spares a task and a channel for each call, and shows resets and GOAWAYs as
+//! they came.
+
+pub mod body;
+pub mod pump;
+
+use std::time::Duration;
+
+/// casd sends frames of up to 256 KiB; 16 KiB, HTTP/2's default, doubles the CPU for large blobs.
+pub const MAX_FRAME_SIZE: u32 = 256 * 1024;
+/// What one stream may have under way unread.
+pub const STREAM_WINDOW: u32 = 1024 * 1024;
+/// What may be under way unread on a connection to the upstream. Far above the sum of the stream
+/// windows: stalled readers must never block the others that share the connection (32 of them did,
+/// with 16 MiB).
+pub const UPSTREAM_WINDOW: u32 = 1024 * 1024 * 1024;
+/// What may be under way unread on a client's connection: it bounds what one client can make
+/// primed hold.
+pub const CLIENT_WINDOW: u32 = 256 * 1024 * 1024;
+/// Header lists of 40 KiB have been seen; HTTP/2's usual limit would answer them with 431.
+pub const MAX_HEADER_LIST_SIZE: u32 = 1024 * 1024;
+/// What may wait for one stream's receiver, in bytes.
+pub const SEND_BUFFER: usize = 512 * 1024;
+/// Memory that unread DATA frames may take beyond their payload, for each connection.
+pub const DATA_FRAME_BUDGET: usize = 16 * 1024 * 1024;
+/// How long a peer may take to open an HTTP/2 connection.
+pub const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(20);
