@@ -13,6 +13,7 @@ use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll};
 use std::thread::JoinHandle;
+use std::time::Duration;
 
 use bytes::Bytes;
 use parking_lot::Mutex;
@@ -52,7 +53,17 @@ pub struct Run {
     /// Whether primed asked for it by itself.
     pub speculative: bool,
     pub arguments: Vec<String>,
+    /// The time that it was given.
+    pub timeout: Option<Duration>,
     pub over: bool,
+}
+
+/// One lookup that a client asked for.
+#[derive(Clone, Debug)]
+pub struct Lookup {
+    pub action: Digest,
+    /// The time that it was given.
+    pub timeout: Option<Duration>,
 }
 
 /// How an execution ends.
@@ -92,6 +103,7 @@ struct State {
     blobs: HashMap<Name, Bytes>,
     results: HashMap<Name, ActionResult>,
     runs: Vec<Run>,
+    lookups: Vec<Lookup>,
     most_speculative: usize,
 }
 
@@ -122,6 +134,13 @@ impl World {
 
     pub fn runs(&self) -> Vec<Run> {
         self.state.lock().runs.clone()
+    }
+
+    /// The lookups of `action` that were not primed's own.
+    pub fn lookups(&self, action: Digest) -> Vec<Lookup> {
+        let mut lookups = self.state.lock().lookups.clone();
+        lookups.retain(|lookup| lookup.action == action);
+        lookups
     }
 
     /// What primed executed by itself.
@@ -310,6 +329,22 @@ fn is_primed<T>(request: &Request<T>) -> bool {
         .is_some_and(|tool| tool.tool_name == "primed")
 }
 
+/// What `grpc-timeout` says.
+fn timeout<T>(request: &Request<T>) -> Option<Duration> {
+    let text = request.metadata().get("grpc-timeout")?.to_str().unwrap();
+    let (digits, unit) = text.split_at(text.len() - 1);
+    let unit = match unit {
+        "H" => Duration::from_secs(3600),
+        "M" => Duration::from_secs(60),
+        "S" => Duration::from_secs(1),
+        "m" => Duration::from_millis(1),
+        "u" => Duration::from_micros(1),
+        "n" => Duration::from_nanos(1),
+        _ => panic!("grpc-timeout: {text}"),
+    };
+    Some(unit * digits.parse::<u32>().unwrap())
+}
+
 fn digest(proto: Option<&primed::reapi::Digest>) -> Result<Digest, Status> {
     proto
         .and_then(|proto| Digest::try_from(proto).ok())
@@ -355,12 +390,14 @@ impl ActionCache for Service {
         &self,
         request: Request<GetActionResultRequest>,
     ) -> Result<Response<ActionResult>, Status> {
+        let (speculative, timeout) = (is_primed(&request), timeout(&request));
         let request = request.into_inner();
-        let name = (
-            request.instance_name,
-            digest(request.action_digest.as_ref())?,
-        );
-        let result = self.0.state.lock().results.get(&name).cloned();
+        let action = digest(request.action_digest.as_ref())?;
+        let mut state = self.0.state.lock();
+        if !speculative {
+            state.lookups.push(Lookup { action, timeout });
+        }
+        let result = state.results.get(&(request.instance_name, action)).cloned();
         result
             .map(Response::new)
             .ok_or_else(|| Status::not_found("no result"))
@@ -499,7 +536,7 @@ impl Execution for Service {
         &self,
         request: Request<ExecuteRequest>,
     ) -> Result<Response<BoxStream<Operation>>, Status> {
-        let speculative = is_primed(&request);
+        let (speculative, timeout) = (is_primed(&request), timeout(&request));
         let request = request.into_inner();
         let action = digest(request.action_digest.as_ref())?;
         let world = self.0.clone();
@@ -513,6 +550,7 @@ impl Execution for Service {
                 .as_ref()
                 .map(|command| command.arguments.clone())
                 .unwrap_or_default(),
+            timeout,
             over: false,
         };
         let index = world.begin(run.clone());

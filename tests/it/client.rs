@@ -212,14 +212,27 @@ impl Build {
         action: Digest,
         skip_cache_lookup: bool,
     ) -> Result<Streaming<Operation>, Status> {
-        let message = ExecuteRequest {
+        self.execute_within(action, skip_cache_lookup, None).await
+    }
+
+    /// Has `action` executed with a deadline.
+    pub async fn execute_within(
+        &self,
+        action: Digest,
+        skip_cache_lookup: bool,
+        timeout: Option<Duration>,
+    ) -> Result<Streaming<Operation>, Status> {
+        let mut request = self.request(ExecuteRequest {
             instance_name: self.instance.clone(),
             action_digest: Some(action.to_proto()),
             skip_cache_lookup,
             ..ExecuteRequest::default()
-        };
+        });
+        if let Some(timeout) = timeout {
+            request.set_timeout(timeout);
+        }
         let answer = ExecutionClient::new(self.channel.clone())
-            .execute(self.request(message))
+            .execute(request)
             .await?;
         Ok(answer.into_inner())
     }

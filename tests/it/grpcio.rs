@@ -18,7 +18,7 @@ use std::process::{Child, ChildStdin, Command, Stdio};
 use serde_json::{Value, json};
 
 use crate::certificates::{Credentials, Issued};
-use crate::support::{Daemon, connects, lines, tools, wait_until};
+use crate::support::{Daemon, lines, tools, wait_until};
 
 /// A version of grpcio.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -45,6 +45,8 @@ impl Grpcio {
             .arg(scripts.join(script))
             .env_remove("PYTHONPATH")
             .env("PYTHONDONTWRITEBYTECODE", "1")
+            // A proxy of the machine's is none of ours.
+            .env("no_grpc_proxy", "127.0.0.1")
             .env_remove("GRPC_VERBOSITY");
         command
     }
@@ -67,21 +69,25 @@ impl Grpcio {
         String::from_utf8(output.stdout).unwrap()
     }
 
-    /// What `calls.py` and `server` see of each other when the calls go to `target`.
-    pub fn transcript(self, target: &str, server: &AnyServer) -> BTreeMap<String, Value> {
-        self.transcript_with(&Credentials::default(), target, server)
-    }
-
-    /// The same by TLS.
-    pub fn transcript_with(
+    /// What a script that makes calls, and `server`, see of each other when the calls go to
+    /// `target`, by the name of the call.
+    pub fn transcript(
         self,
         credentials: &Credentials,
+        (script, arguments): (&str, &[&str]),
         target: &str,
         server: &AnyServer,
     ) -> BTreeMap<String, Value> {
-        let arguments = [target, &server.target()];
-        serde_json::from_str(&self.run_with(credentials, "calls.py", &arguments)).unwrap()
+        let arguments = [&[target, server.target()], arguments].concat();
+        serde_json::from_str(&self.run_with(credentials, script, &arguments)).unwrap()
     }
+}
+
+/// What carries a connection.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Transport {
+    Unix,
+    Tcp,
 }
 
 /// `path` as gRPC wants to be told it: a URI, in which what is unusual is percent-encoded.
@@ -98,18 +104,26 @@ pub fn target(path: &Path) -> String {
     target
 }
 
-/// `server.py`, on a Unix socket.
+/// `server.py`, listening.
 pub struct AnyServer {
     pub daemon: Daemon,
     socket: PathBuf,
+    target: String,
+    address: String,
 }
 
 impl AnyServer {
+    /// Starts it on a Unix socket.
     pub fn start(directory: &Path, grpcio: Grpcio) -> Self {
-        AnyServer::start_by(grpcio.python("server.py"), directory, &[])
+        AnyServer::start_on(Transport::Unix, directory, grpcio)
     }
 
-    /// Listens for TLS too; with `client_ca` for clients that show a certificate only.
+    pub fn start_on(transport: Transport, directory: &Path, grpcio: Grpcio) -> Self {
+        AnyServer::start_by(grpcio.python("server.py"), transport, directory, &[])
+    }
+
+    /// Listens on a Unix socket, and for TLS; with `client_ca` for clients that show a certificate
+    /// only.
     pub fn start_tls(
         directory: &Path,
         grpcio: Grpcio,
@@ -121,45 +135,68 @@ impl AnyServer {
             .env("TLS_CERT", &identity.certificate)
             .env("TLS_KEY", &identity.key)
             .envs(client_ca.map(|path| ("TLS_CLIENT_CA", path)));
-        AnyServer::start_by(command, directory, &["127.0.0.1:0"])
+        AnyServer::start_by(command, Transport::Unix, directory, &["127.0.0.1:0"])
+    }
+
+    fn start_by(
+        mut command: Command,
+        transport: Transport,
+        directory: &Path,
+        arguments: &[&str],
+    ) -> Self {
+        let socket = directory.join("server.sock");
+        let listen = match transport {
+            Transport::Unix => target(&socket),
+            Transport::Tcp => "127.0.0.1:0".to_owned(),
+        };
+        command.arg(&listen).args(arguments);
+        let mut daemon = Daemon::start(&mut command, directory.join("server.log"));
+        wait_until("the server listens", || {
+            assert!(daemon.is_running(), "the server ended: {}", daemon.log());
+            said_port(&daemon, "port ").is_some()
+        });
+        let (target, address) = match transport {
+            Transport::Unix => (listen, format!("unix:{}", socket.display())),
+            Transport::Tcp => {
+                let tcp = format!("127.0.0.1:{}", said_port(&daemon, "port ").unwrap());
+                (tcp.clone(), tcp)
+            }
+        };
+        AnyServer {
+            daemon,
+            socket,
+            target,
+            address,
+        }
     }
 
     /// Where a server that was `start_tls`ed listens for TLS.
     pub fn tls_port(&self) -> u16 {
-        let mut port = None;
-        wait_until("the server says which port it has", || {
-            let log = self.daemon.log();
-            let said = log.lines().find_map(|line| line.strip_prefix("port "));
-            port = said.and_then(|port| port.parse().ok());
-            port.is_some()
-        });
-        port.unwrap()
+        // Said before the other port.
+        said_port(&self.daemon, "TLS port ").unwrap()
     }
 
-    fn start_by(mut command: Command, directory: &Path, arguments: &[&str]) -> Self {
-        let socket = directory.join("server.sock");
-        command.arg(target(&socket)).args(arguments);
-        let mut daemon = Daemon::start(&mut command, directory.join("server.log"));
-        wait_until("the server listens", || {
-            assert!(daemon.is_running(), "the server ended: {}", daemon.log());
-            connects(&socket)
-        });
-        AnyServer { daemon, socket }
-    }
-
+    /// Where a server listens that was not started on TCP.
     pub fn socket(&self) -> &Path {
         &self.socket
     }
 
     /// For clients of gRPC.
-    pub fn target(&self) -> String {
-        target(&self.socket)
+    pub fn target(&self) -> &str {
+        &self.target
     }
 
     /// For primed.
-    pub fn address(&self) -> String {
-        format!("unix:{}", self.socket.display())
+    pub fn address(&self) -> &str {
+        &self.address
     }
+}
+
+/// The port in the line of `server.py` that begins with `name`.
+fn said_port(server: &Daemon, name: &str) -> Option<u16> {
+    let log = server.log();
+    let mut lines = log.lines();
+    lines.find_map(|line| line.strip_prefix(name)?.parse().ok())
 }
 
 /// How a call ended, for its client.
@@ -212,25 +249,38 @@ impl Session {
     pub fn call_with(&mut self, method: &str, request: &[u8], mut options: Value) -> Ended {
         options["method"] = method.into();
         options["requests"] = json!([hex(request)]);
-        self.tell(&options);
+        self.begin(&options);
         self.ended()
     }
 
     /// Makes a call that perhaps finds no connection; `connected` says nothing then.
     pub fn call_unconnected(&mut self, method: &str, request: &[u8]) -> Ended {
-        let requests = [hex(request)];
-        self.tell(&json!({"method": method, "requests": requests, "hasty": true}));
-        self.ended()
-    }
-
-    /// Begins a call whose requests do not end until it is `release`d.
-    pub fn hold(&mut self, method: &str) {
-        self.tell(&json!({"method": method, "requests": [], "hold": true}));
+        self.call_with(method, request, json!({"hasty": true}))
     }
 
     /// Begins a call as `session.py` describes one.
     pub fn begin(&mut self, call: &Value) {
-        self.tell(call);
+        writeln!(self.commands, "{call}").unwrap();
+    }
+
+    /// Begins a call whose requests do not end until it is `release`d.
+    pub fn hold(&mut self, method: &str) {
+        self.begin(&json!({"method": method, "requests": [], "hold": true}));
+    }
+
+    /// Begins a call that waits for a server, and returns when there has been none.
+    pub fn wait(&mut self, method: &str, request: &[u8]) {
+        self.begin(&json!({"method": method, "requests": [hex(request)], "wait": true}));
+        let event = self.event();
+        assert_eq!(event, json!({"state": "TRANSIENT_FAILURE"}));
+    }
+
+    /// Asks `server.py`, to which this session leads directly, what it saw of the call `id`.
+    pub fn record(&mut self, id: &str) -> Value {
+        let ended = self.call("/control/Record", json!([id]).to_string().as_bytes());
+        let record: Value = serde_json::from_slice(&unhex(&ended.messages[0])).unwrap();
+        assert!(record["error"].is_null(), "{record}");
+        record
     }
 
     /// Ends the requests of the call that is held.
@@ -265,10 +315,6 @@ impl Session {
         }
     }
 
-    fn tell(&mut self, command: &Value) {
-        writeln!(self.commands, "{command}").unwrap();
-    }
-
     /// The client gives every call a deadline, so this does not wait for ever.
     fn event(&mut self) -> Value {
         let line = self.events.next().expect("the client has ended");
@@ -286,4 +332,12 @@ impl Drop for Session {
 /// `bytes` in hexadecimal digits.
 pub fn hex(bytes: &[u8]) -> String {
     bytes.iter().map(|byte| format!("{byte:02x}")).collect()
+}
+
+/// What `hex` was made of.
+pub fn unhex(digits: &str) -> Vec<u8> {
+    let pairs = (0..digits.len()).step_by(2).map(|at| &digits[at..at + 2]);
+    pairs
+        .map(|pair| u8::from_str_radix(pair, 16).unwrap())
+        .collect()
 }

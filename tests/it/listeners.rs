@@ -18,6 +18,7 @@ use primed::digest::Digest;
 use rustix::process::Signal;
 
 use crate::certificates::{Authority, Credentials, Issued};
+use crate::conformance::assert_same;
 use crate::grpcio::{AnyServer, Grpcio, Session, hex, target};
 use crate::project::Project;
 use crate::support::{Casd, Daemon, PATIENCE, Primed, connects, scratch, tool, wait_until};
@@ -47,22 +48,9 @@ fn start_tls(directory: &Path, upstream: &str, identity: &Issued, more: &[&str])
     Primed::start_with(directory, upstream, &arguments)
 }
 
-/// The port of the listener at `scheme`127.0.0.1, which the system chose.
-fn port(primed: &Daemon, scheme: &str) -> u16 {
-    let address = format!("address={scheme}127.0.0.1:");
-    let mut port = None;
-    wait_until("primed says which port it has", || {
-        let log = primed.log();
-        let said = log.lines().find_map(|line| line.split_once(&address));
-        port = said.and_then(|(_, rest)| rest.split(' ').next()?.parse().ok());
-        port.is_some()
-    });
-    port.unwrap()
-}
-
 /// Where clients of gRPC find the TLS listener.
 fn tls_target(primed: &Primed) -> String {
-    format!("127.0.0.1:{}", port(&primed.daemon, "grpcs://"))
+    format!("127.0.0.1:{}", primed.daemon.port("grpcs://"))
 }
 
 /// How one call ends for a new client.
@@ -100,18 +88,13 @@ fn assert_same_through(client: Grpcio, server: Grpcio) {
     );
     let known = theirs.issue(at, "client", &["client"]);
     let credentials = ours.trusted().showing(&known);
-    let direct = client.transcript(&server.target(), &server);
-    let proxied = client.transcript_with(&credentials, &tls_target(&primed), &server);
+    let calls: (&str, &[&str]) = ("calls.py", &[]);
+    let clear = Credentials::default();
+    let direct = client.transcript(&clear, calls, server.target(), &server);
+    let proxied = client.transcript(&credentials, calls, &tls_target(&primed), &server);
     assert_eq!(direct["unary_unary"]["code"], "StatusCode.OK");
     assert_eq!(primed.status()["upstream"]["state"], "connected");
-    for (case, seen) in &direct {
-        assert_eq!(
-            proxied.get(case),
-            Some(seen),
-            "{case}: left through primed, right directly"
-        );
-    }
-    assert_eq!(direct.len(), proxied.len());
+    assert_same(&direct, &proxied);
 }
 
 #[test]
@@ -214,7 +197,7 @@ fn clients_that_trust_another_authority_or_show_no_good_certificate_are_not_serv
     let unknown = other.issue(at, "unknown", &["client"]);
     let server = AnyServer::start(at, Grpcio::New);
     let mutual = ["--tls-client-ca", text(&ours.file)];
-    let primed = start_tls(at, &server.address(), &listener, &mutual);
+    let primed = start_tls(at, server.address(), &listener, &mutual);
     let target = tls_target(&primed);
     for client in [Grpcio::Old, Grpcio::New] {
         let code = |credentials| echo(&credentials, client, &target).0;
@@ -234,7 +217,7 @@ fn certificates_are_replaced_while_connections_run_and_a_broken_one_is_not_used(
     let new = Authority::create(at, "new");
     let listener = old.issue(at, "listener", &HERE);
     let server = AnyServer::start(at, Grpcio::New);
-    let primed = start_tls(at, &server.address(), &listener, &[]);
+    let primed = start_tls(at, server.address(), &listener, &[]);
     let target = tls_target(&primed);
     let code = |authority: &Authority| echo(&authority.trusted(), Grpcio::New, &target).0;
     let mut session = Session::start_with(&old.trusted(), Grpcio::New, &target);
@@ -264,7 +247,7 @@ fn a_tls_client_that_stays_silent_stops_nobody_and_is_dropped() {
     let authority = Authority::create(at, "ours");
     let listener = authority.issue(at, "listener", &HERE);
     let server = AnyServer::start(at, Grpcio::New);
-    let primed = start_tls(at, &server.address(), &listener, &[]);
+    let primed = start_tls(at, server.address(), &listener, &[]);
     let target = tls_target(&primed);
     let mut silent: Vec<_> = (0..20)
         .map(|_| TcpStream::connect(&target).unwrap())
@@ -455,9 +438,9 @@ fn sockets_of_the_service_manager_are_used_and_left_behind() {
     let socket = at.join("passed.sock");
     let rpc = format!("rpc={}", text(&socket));
     for listen in [&[][..], &["--listen", "systemd"]] {
-        let mut primed = passed(at, &[&rpc, "net=tcp"], &server.address(), listen);
+        let mut primed = passed(at, &[&rpc, "net=tcp"], server.address(), listen);
         until_listening(&mut primed);
-        let by_tcp = format!("127.0.0.1:{}", port(&primed, ""));
+        let by_tcp = format!("127.0.0.1:{}", primed.port(""));
         for target in [target(&socket), by_tcp] {
             let (code, details) = echo(&Credentials::default(), Grpcio::New, &target);
             assert_eq!(code, "OK", "{details}");
@@ -479,7 +462,7 @@ fn sockets_of_the_service_manager_can_be_chosen_by_name() {
     let sockets = [format!("one={}", text(&one)), format!("two={}", text(&two))];
     let sockets = [sockets[0].as_str(), sockets[1].as_str()];
     let listen = ["--listen", "systemd:two"];
-    let mut primed = passed(at, &sockets, &server.address(), &listen);
+    let mut primed = passed(at, &sockets, server.address(), &listen);
     until_listening(&mut primed);
     assert_eq!(
         echo(&Credentials::default(), Grpcio::New, &target(&two)).0,
@@ -502,9 +485,9 @@ fn tcp_sockets_of_the_service_manager_speak_tls_where_there_is_a_certificate() {
     let server = AnyServer::start(at, Grpcio::New);
     let (cert, key) = (text(&listener.certificate), text(&listener.key));
     let arguments = ["--tls-cert", cert, "--tls-key", key];
-    let mut primed = passed(at, &["net=tcp"], &server.address(), &arguments);
+    let mut primed = passed(at, &["net=tcp"], server.address(), &arguments);
     until_listening(&mut primed);
-    let target = format!("127.0.0.1:{}", port(&primed, "grpcs://"));
+    let target = format!("127.0.0.1:{}", primed.port("grpcs://"));
     assert_eq!(echo(&authority.trusted(), Grpcio::New, &target).0, "OK");
     let in_the_clear = Credentials::default();
     assert_eq!(echo(&in_the_clear, Grpcio::New, &target).0, "UNAVAILABLE");
@@ -543,7 +526,7 @@ fn users_who_are_not_listed_are_sent_away_and_named_once() {
     let scratch = scratch();
     let at = scratch.path();
     let server = AnyServer::start(at, Grpcio::New);
-    let primed = Primed::start_with(at, &server.address(), &["--allow-uid", STRANGER]);
+    let primed = Primed::start_with(at, server.address(), &["--allow-uid", STRANGER]);
     for _ in 0..2 {
         let mut stream = UnixStream::connect(primed.socket()).unwrap();
         stream.set_read_timeout(Some(PATIENCE)).unwrap();
@@ -564,7 +547,7 @@ fn users_who_are_listed_are_served() {
     let server = AnyServer::start(at, Grpcio::New);
     let own = rustix::process::geteuid().as_raw();
     let list = format!("{STRANGER},{own}");
-    let primed = Primed::start_with(at, &server.address(), &["--allow-uid", &list]);
+    let primed = Primed::start_with(at, server.address(), &["--allow-uid", &list]);
     let (code, details) = echo(&Credentials::default(), Grpcio::New, &primed.address());
     assert_eq!(code, "OK", "{details}");
 }
@@ -574,7 +557,7 @@ fn a_client_beyond_the_limit_waits_until_another_has_gone() {
     let scratch = scratch();
     let at = scratch.path();
     let server = AnyServer::start(at, Grpcio::New);
-    let primed = Primed::start_with(at, &server.address(), &["--max-connections", "1"]);
+    let primed = Primed::start_with(at, server.address(), &["--max-connections", "1"]);
     let mut first = Session::start(Grpcio::New, &primed.address());
     assert_eq!(first.call(ECHO, b"first").code, "OK");
     let mut second = Session::start(Grpcio::Old, &primed.address());

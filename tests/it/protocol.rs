@@ -246,6 +246,48 @@ async fn a_held_lookup_is_let_go_well_before_its_deadline() {
 }
 
 #[tokio::test]
+async fn a_call_that_was_held_in_vain_is_forwarded_with_the_time_that_is_left() {
+    let stage = Stage::built(&CAP).await;
+    let world = &stage.backend.world;
+    world.behave(|world, run| match run.speculative {
+        true => Outcome::Broken(Code::Unavailable),
+        false => compile(world, run),
+    });
+    let build = stage.begin_held(UNITS).await;
+    let given = Duration::from_secs(60);
+    let looked_up = compile_of(&build, 0);
+    let executed = compile_of(&build, 1);
+    build.upload(&executed).await;
+    let operations = build.execute_within(executed.digest, false, Some(given));
+    let mut operations = operations.await.unwrap();
+    let joined = operations.message().await.unwrap().unwrap();
+    assert!(!joined.done, "it has joined the execution in flight");
+    let began = Instant::now();
+    let release = async {
+        // Time that is gone when the calls are forwarded.
+        tokio::time::sleep(Duration::from_millis(500)).await;
+        assert_eq!(world.lookups(looked_up.digest).len(), 0);
+        assert_eq!(world.count(executed.digest), 1);
+        world.hold(false);
+    };
+    let lookup = build.lookup_within(looked_up.digest, Some(given));
+    let (found, execution, ()) = tokio::join!(lookup, last(operations), release);
+    let most = given - Duration::from_millis(250);
+    let least = given - began.elapsed() - Duration::from_secs(1);
+    assert_eq!(found.unwrap_err().code(), Code::NotFound);
+    assert_eq!(execution.result.unwrap().exit_code, 0);
+
+    let lookups = world.lookups(looked_up.digest);
+    let runs = world.runs();
+    let mut runs = runs.iter().filter(|run| run.action == executed.digest);
+    let run = runs.find(|run| !run.speculative).unwrap();
+    for (call, left) in [("lookup", lookups[0].timeout), ("execution", run.timeout)] {
+        let left = left.unwrap_or_else(|| panic!("the {call} has lost its deadline"));
+        assert!((least..=most).contains(&left), "{call}: {left:?}");
+    }
+}
+
+#[tokio::test]
 async fn a_speculative_failure_is_not_shown_and_the_client_executes_itself() {
     let stage = Stage::built(&CAP).await;
     stage.write("include/common.h", "#error");
@@ -624,7 +666,7 @@ mod odd_trees {
             }
         });
         let root = tree(&stage);
-        let before = memory(&stage);
+        let before = stage.primed.daemon.peak_memory();
         let began = Instant::now();
         for (content, expected) in [("common", Way::Executed), ("changed", Way::Found)] {
             stage.write("include/common.h", content);
@@ -637,24 +679,13 @@ mod odd_trees {
             build.end();
             stage.primed.wait();
         }
-        let (took, grown) = (began.elapsed(), memory(&stage) - before);
+        let took = began.elapsed();
+        let grown = stage.primed.daemon.peak_memory() - before;
         let speculation = &stage.primed.status()["speculation"];
         assert_eq!(speculation["unadaptable"], unadaptable);
         assert!(took < TIME, "{took:?}");
         assert!(grown < MEMORY, "{grown} bytes");
         assert!(!stage.primed.daemon.log().contains("panicked"));
-    }
-
-    /// The most memory that primed has ever held.
-    fn memory(stage: &Stage) -> u64 {
-        let status = format!("/proc/{}/status", stage.primed.daemon.pid());
-        let status = std::fs::read_to_string(status).unwrap();
-        let line = status.lines().find(|line| line.starts_with("VmHWM:"));
-        let kilobytes: u64 = line
-            .and_then(|line| line.split_ascii_whitespace().nth(1))
-            .and_then(|number| number.parse().ok())
-            .unwrap();
-        kilobytes * 1024
     }
 
     #[tokio::test]

@@ -4,7 +4,7 @@
 use tempfile::TempDir;
 
 use crate::project::{FEW, Project, UNITS};
-use crate::support::{Casd, Counts, Primed, scratch, tool, wait_until};
+use crate::support::{Casd, Counts, Primed, scratch, tool};
 
 /// Every compile and the link.
 const ALL: u64 = UNITS as u64 + 2;
@@ -195,16 +195,7 @@ fn a_client_that_comes_by_tcp_from_this_machine_is_primed_too() {
     let listen = format!("unix:{},127.0.0.1:0", socket.display());
     let upstream = stage.casd.address();
     stage.primed = Primed::start_with(&directory, &upstream, &["--listen", &listen]);
-    let mut port = None;
-    wait_until("primed says which port it chose", || {
-        let log = stage.primed.daemon.log();
-        let said = log
-            .lines()
-            .find_map(|line| line.split_once("address=127.0.0.1:"));
-        port = said.and_then(|(_, rest)| rest.split(' ').next()?.parse::<u16>().ok());
-        port.is_some()
-    });
-    let server = format!("http://127.0.0.1:{}", port.unwrap());
+    let server = format!("http://127.0.0.1:{}", stage.primed.port());
     stage.project = stage.project.with("RECC_SERVER", &server);
     stage.common(2);
     let counts = stage.rebuild();

@@ -102,6 +102,19 @@ impl Daemon {
         peak.unwrap().trim().parse::<u64>().unwrap() * 1024
     }
 
+    /// The port that a primed chose for its listener at `scheme`127.0.0.1.
+    pub fn port(&self, scheme: &str) -> u16 {
+        let address = format!("address={scheme}127.0.0.1:");
+        let mut port = None;
+        wait_until("primed says which port it chose", || {
+            let log = self.log();
+            let said = log.lines().find_map(|line| line.split_once(&address));
+            port = said.and_then(|(_, rest)| rest.split(' ').next()?.parse().ok());
+            port.is_some()
+        });
+        port.unwrap()
+    }
+
     pub fn kill(&mut self) {
         let _ = self.child.kill();
         let _ = self.child.wait();
@@ -151,7 +164,6 @@ impl Casd {
         let mut command = Command::new(tool("buildbox-casd"));
         command
             .env("BUILDBOX_STAGER", "copy-or-link")
-            .args(arguments)
             .arg(format!(
                 "--buildbox-run={}",
                 tool("buildbox-run-hosttools").display()
@@ -256,6 +268,11 @@ impl Primed {
 
     pub fn address(&self) -> String {
         format!("unix:{}", self.socket().display())
+    }
+
+    /// The port that it chose, where it was told to listen on `127.0.0.1:0` too.
+    pub fn port(&self) -> u16 {
+        self.daemon.port("")
     }
 
     /// Runs `primed COMMAND`, which asks this primed.

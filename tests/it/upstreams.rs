@@ -37,10 +37,10 @@ struct Stage {
 impl Stage {
     fn set(directory: &Path, arguments: &[&str]) -> Self {
         let server = AnyServer::start(directory, Grpcio::New);
-        let primed = Primed::start_with(directory, &server.address(), arguments);
+        let primed = Primed::start_with(directory, server.address(), arguments);
         Stage {
             session: Session::start(Grpcio::New, &primed.address()),
-            control: Session::start(Grpcio::New, &server.target()),
+            control: Session::start(Grpcio::New, server.target()),
             server,
             primed,
         }
@@ -53,23 +53,8 @@ impl Stage {
         let options = json!({ "metadata": metadata });
         let ended = self.session.call_with(ECHO, b"hello", options);
         assert_eq!(ended.code, "OK", "{ended:?}\n{}", self.primed.daemon.log());
-        record(&mut self.control, "this")["metadata"].clone()
+        self.control.record("this")["metadata"].clone()
     }
-}
-
-/// What the server that `control` leads to saw of the call `id`.
-fn record(control: &mut Session, id: &str) -> Value {
-    let ended = control.call("/control/Record", id.as_bytes());
-    let record: Value = serde_json::from_slice(&bytes(&ended.messages[0])).unwrap();
-    assert!(record["error"].is_null(), "{record}");
-    record
-}
-
-fn bytes(hex: &str) -> Vec<u8> {
-    let digits = (0..hex.len()).step_by(2).map(|at| &hex[at..at + 2]);
-    digits
-        .map(|two| u8::from_str_radix(two, 16).unwrap())
-        .collect()
 }
 
 /// Writes a credential helper that notes each run in the file `runs` beside it.
@@ -391,8 +376,8 @@ fn each_service_goes_to_its_own_upstream() {
         let method = format!("/{service}/Echo");
         let ended = session.call_with(&method, b"hello", options);
         assert_eq!(ended.code, "OK", "{service}: {ended:?}");
-        let mut control = Session::start(Grpcio::New, &servers[name].target());
-        assert_eq!(record(&mut control, service)["method"], method.as_str());
+        let mut control = Session::start(Grpcio::New, servers[name].target());
+        assert_eq!(control.record(service)["method"], method.as_str());
     }
 }
 

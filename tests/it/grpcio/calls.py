@@ -1,7 +1,6 @@
 """Makes calls of every kind and prints what client and server saw.  Usage: calls.py TARGET SERVER
 
-TARGET is where the calls go: to server.py, directly or by way of a proxy. SERVER is server.py
-itself, which is asked what it saw. The output is one JSON object: {case: what was seen}.
+TARGET and SERVER are as in transcript.py. The output is one JSON object: {case: what was seen}.
 """
 
 import itertools
@@ -11,23 +10,20 @@ import threading
 
 import grpc
 
-from channel import open_channel
-from shown import BOUND, shown_message, shown_metadata
+from shown import BOUND, shown_message
+from transcript import Transcript, read
 
-BIG = [
-    ("grpc.max_receive_message_length", -1),
-    ("grpc.max_send_message_length", -1),
-    ("grpc.max_metadata_size", 1 << 20),
-    ("grpc.absolute_max_metadata_size", 1 << 20),
-    ("grpc.use_local_subchannel_pool", 1),
-]
+KINDS = ("unary_unary", "stream_unary", "unary_stream", "stream_stream")
 METADATA = [
     ("plain", "a value; with, punctuation = %41 ~"),
     ("repeated", "one"),
     ("repeated", "two"),
     ("x.dotted_key-1", "1"),
+    ("under_score", "_"),
     ("blob-bin", bytes(range(256))),
     ("blob-bin", b""),
+    ("blob-bin", b","),
+    ("empty-bin", b""),
     ("user-agent-of-nobody", "x"),
 ]
 ECHOED = [
@@ -36,85 +32,77 @@ ECHOED = [
 ]
 DETAILS = "Größe ✓ 100 % 失敗 \"quoted\"\tand a\nnew line"
 STATUS_DETAILS = ("trailing-grpc-status-details-bin", bytes(range(255, -1, -1)) * 8)
+MIXED = [b"", b"c" * 100_000, b"short", bytes(range(256)) * 300]
 
 
-class Transcript:
-    def __init__(self, target, server):
-        self.channel = open_channel(target, options=BIG)
-        control = grpc.insecure_channel(server, options=BIG)
-        self.record = control.unary_unary("/control/Record")
-        self.received = control.unary_unary("/control/Received")
-        self.cases = {}
-
-    def begin(self, name, kind, behaviour, requests, metadata=(), timeout=BOUND, **options):
-        """Starts a call, whose service is named after the case."""
-        method = f"/some.{name}_Service/{behaviour}"
-        metadata = [("call-id", name), *metadata]
-        start = getattr(self.channel, kind)(method)
-        if kind.startswith("unary"):
-            (requests,) = requests
-        if kind.endswith("unary"):
-            start = start.future
-        return start(requests, metadata=metadata, timeout=timeout, **options)
-
-    def end(self, name, call, messages, server_saw=True):
-        """Writes down how a call ended, on both sides."""
-        seen = {
-            "initial": shown_metadata(call.initial_metadata()),
-            "messages": messages,
-            "code": str(call.code()),
-            "details": call.details(),
-            "trailing": shown_metadata(call.trailing_metadata()),
-        }
-        if server_saw:
-            seen["server"] = json.loads(self.record(name.encode(), timeout=BOUND))
-            # Exact time is the clock's; that there is a deadline, and which, is the call's.
-            remaining = seen["server"].pop("remaining", None)
-            seen["deadline"] = remaining if remaining is None else 0 <= remaining <= BOUND + 1
-        self.cases[name] = seen
-
-    def call(self, name, kind, behaviour, requests, server_saw=True, **options):
-        call = self.begin(name, kind, behaviour, requests, **options)
-        messages = []
-        try:
-            if kind.endswith("unary"):
-                messages.append(shown_message(call.result()))
-            else:
-                messages.extend(map(shown_message, call))
-        except grpc.RpcError:
-            pass
-        self.end(name, call, messages, server_saw)
-
-
-def all_calls(seen):
-    kinds = ("unary_unary", "stream_unary", "unary_stream", "stream_stream")
-    for kind in kinds:
+def every_kind(seen):
+    for kind in KINDS:
         seen.call(kind, kind, "Echo", iter([b"hello"]), metadata=METADATA + ECHOED)
-        seen.call(f"{kind}.no_deadline", kind, "Echo", iter([b"hello"]), timeout=None)
-        seen.call(f"{kind}.unknown", kind, "Nothing", iter([b"x"]), server_saw=False)
         seen.call(f"{kind}.empty", kind, "Echo", iter([b""]))
-        seen.call(f"{kind}.gzip", kind, "EchoGzip", iter([b"z" * 100_000]), compression=grpc.Compression.Gzip)
-        seen.call(f"{kind}.deadline", kind, "Linger", iter([b"0"]), timeout=0.3)
-        for code in range(1, 17):
-            after = code % 3 if kind.endswith("stream") else 0
+        seen.call(f"{kind}.unknown", kind, "Nothing", iter([b"x"]), server_saw=False)
+        seen.call(f"{kind}.ready", kind, "Echo", iter([b"x"]), wait_for_ready=True)
+        seen.call(f"{kind}.no_deadline", kind, "Echo", iter([b"x"]), timeout=None)
+        for timeout in (25, 3000):
+            seen.call(f"{kind}.deadline_{timeout}", kind, "Echo", iter([b"x"]), timeout=timeout)
+        seen.call(f"{kind}.deadline", kind, "Linger", iter([b"0"]), timeout=0.5)
+
+
+def statuses(seen):
+    for kind in KINDS:
+        for code in range(17):
+            # Of unary answers, a good one has a message.
+            after = code % 3 if kind.endswith("stream") else int(code == 0)
             wanted = {"code": code, "details": DETAILS, "after": after}
             metadata = [STATUS_DETAILS, *ECHOED[: code % 2]]
             request = json.dumps(wanted).encode()
-            seen.call(f"{kind}.fails_{code}", kind, "Fail", iter([request]), metadata=metadata)
+            seen.call(f"{kind}.ends_{code}", kind, "End", iter([request]), metadata=metadata)
+        for behaviour in ("Abort", "Raise", "Cancel"):
+            request = iter([b"Gr\xc3\xb6\xc3\x9fe"])
+            seen.call(f"{kind}.{behaviour}", kind, behaviour, request, metadata=ECHOED)
 
+
+def sizes_and_numbers(seen):
     seen.call("no_requests", "stream_unary", "Collect", iter(()))
+    seen.call("no_requests_no_responses", "stream_stream", "Echo", iter(()))
     sizes = [0, 1, 5, 16_379, 16_384, 70_000, 300_000]
     seen.call("client_stream", "stream_unary", "Collect", (b"r" * size for size in sizes))
     seen.call("server_stream", "unary_stream", "Spread", [json.dumps(sizes).encode()])
     seen.call("no_responses", "unary_stream", "Spread", [b"[]"])
     many = [b"m%d" % number for number in range(1000)]
     seen.call("many_messages", "stream_stream", "Echo", iter(many))
-    seen.call("huge_unary", "unary_unary", "Echo", [bytes(range(256)) * (20 * 4096)])
-    seen.call("huge_metadata", "unary_unary", "Echo", [b""], metadata=[("initial-big", "h" * 40_000)])
+    huge = bytes(range(256)) * (64 * 4096)
+    seen.call("64_MiB", "unary_unary", "Echo", [huge])
+    seen.call("64_MiB_in_streams", "stream_stream", "Echo", iter([b"", huge, b""]))
 
-    # Each message is sent only after the answer to the one before: nothing may be held back.
+
+def large_metadata(seen):
+    for when in ("just", "initial", "trailing"):
+        large = {
+            "value": [(f"{when}-large", "v" * 65_536)],
+            "blob": [(f"{when}-large-bin", bytes(range(256)) * 192)],
+            "number": [(f"{when}-key-{number}", "v" * 50) for number in range(1000)],
+        }
+        for what, metadata in large.items():
+            name = f"large_metadata.{when}.{what}"
+            seen.call(name, "unary_unary", "Echo", [b""], metadata=metadata)
+
+
+def compressed(seen):
+    for kind in KINDS:
+        requests = MIXED if kind == "stream_stream" else MIXED[1:2]
+        for way in ("Gzip", "Deflate"):
+            compression = getattr(grpc.Compression, way)
+            name, behaviour = f"{kind}.{way}", f"Echo{way}"
+            seen.call(name, kind, behaviour, iter(requests), compression=compression)
+            seen.call(f"{name}.requests", kind, "Echo", iter(requests), compression=compression)
+            seen.call(f"{name}.responses", kind, behaviour, iter(requests))
+    seen.call("some_messages.Gzip", "stream_stream", "EchoSomeGzip", iter(MIXED * 2))
+
+
+def turns(seen):
+    """Each message is sent only after the answer to the one before: nothing may be held back."""
     turn = threading.Semaphore(1)
-    taken = (b"turn %d" % number for number in range(20) if turn.acquire(timeout=BOUND))
+    taken = (b"turn %d" % number for number in range(50) if turn.acquire(timeout=BOUND))
     call = seen.begin("turns", "stream_stream", "Echo", taken)
     messages = []
     for message in call:
@@ -122,58 +110,108 @@ def all_calls(seen):
         turn.release()
     seen.end("turns", call, messages)
 
-    # The server speaks before the client does.
-    greeted = threading.Event()
-    call = seen.begin(
-        "server_first", "stream_stream", "Greet", (b"thanks" for _ in "x" if greeted.wait(BOUND))
-    )
-    messages = [shown_message(next(call))]
-    greeted.set()
-    messages.extend(map(shown_message, call))
-    seen.end("server_first", call, messages)
 
-    for behaviour in ("Enough", "Refuse"):
-        for size in (1, 100_000):
-            name = f"{behaviour}.while_sending_{size}"
-            over = threading.Event()
-            sent = (b"s" * size for _ in iter(over.is_set, True))
-            call = seen.begin(name, "stream_unary", behaviour, sent)
-            try:
-                messages = [shown_message(call.result())]
-            except grpc.RpcError:
-                messages = []
-            over.set()
-            seen.end(name, call, messages)
+def server_first(seen):
+    """The server speaks before the client does: a message, or only its metadata."""
+    for behaviour in ("Greet", "Ahead"):
+        for kind in ("stream_stream", "stream_unary")[: 2 if behaviour == "Ahead" else 1]:
+            name = f"{kind}.{behaviour}"
+            greeted = threading.Event()
+            thanks = (b"thanks" for _ in "x" if greeted.wait(BOUND))
+            call = seen.begin(name, kind, behaviour, thanks)
+            messages = [shown_message(next(call))] if behaviour == "Greet" else []
+            assert call.initial_metadata() is not None
+            greeted.set()
+            seen.end(name, call, messages + read(call, kind))
 
-    cancelled(seen)
+    call = seen.begin("unary_stream.Ahead", "unary_stream", "AheadOfRelease", [b"x"])
+    assert call.initial_metadata() is not None
+    seen.ask("Release", "unary_stream.Ahead")
+    seen.end("unary_stream.Ahead", call, read(call, "unary_stream"))
+
+
+def half_closed(seen):
+    """One side has ended and the other goes on."""
+    many = [b"%d" % number * (number % 500) for number in range(2000)]
+    seen.call("client_ends_first", "stream_stream", "Reverse", iter(many))
+    seen.call("client_ends_at_once", "unary_stream", "Spread", [json.dumps([500] * 3000).encode()])
+
+    for kind in ("stream_unary", "stream_stream"):
+        for behaviour in ("Enough", "Refuse", "EnoughAtOnce", "RefuseAtOnce", "Nothing"):
+            known = behaviour != "Nothing"
+            # Endless requests, small and large; one, and then an open end; an open end.
+            sending = {
+                "small": lambda over: (b"s" for _ in iter(over.is_set, True)),
+                "large": lambda over: (b"s" * 100_000 for _ in iter(over.is_set, True)),
+                "open": lambda over: itertools.chain([b"x"], (b"" for _ in "x" if not over.wait(BOUND))),
+                "silent": lambda over: (b"" for _ in "x" if not over.wait(BOUND)),
+            }
+            if behaviour in ("Enough", "Refuse"):
+                del sending["silent"]
+            for how, requests in sending.items():
+                name = f"{kind}.{behaviour}.{how}"
+                over = threading.Event()
+                call = seen.begin(name, kind, behaviour, requests(over))
+                messages = read(call, kind)
+                over.set()
+                seen.end(name, call, messages, server_saw=known)
 
 
 def cancelled(seen):
     """The client cancels, at various points."""
-    call = seen.begin("cancel.server_stream", "unary_stream", "Linger", [b"2"])
-    messages = [shown_message(next(call)), shown_message(next(call))]
-    call.cancel()
-    seen.end("cancel.server_stream", call, messages)
+
+    def cancel(name, kind, behaviour, requests, answers, received=0):
+        name = f"cancel.{name}"
+        call = seen.begin(name, kind, behaviour, requests)
+        messages = [shown_message(next(call)) for _ in range(answers)]
+        if received:
+            messages.append(f"received: {seen.ask('Received', name, received)}")
+        call.cancel()
+        seen.end(name, call, messages)
+
+    def and_an_open_end(*requests):
+        return itertools.chain(requests, (b"" for _ in "x" if not over.wait(BOUND)))
 
     over = threading.Event()
-    sent = itertools.chain([b"a", b"b"], (b"" for _ in "x" if not over.wait(BOUND)))
-    call = seen.begin("cancel.client_stream", "stream_unary", "Collect", sent)
-    received = seen.received(b'["cancel.client_stream", 2]', timeout=BOUND)
-    call.cancel()
-    seen.end("cancel.client_stream", call, [f"received: {received.decode()}"])
+    cancel("unary", "unary_unary", "Linger", [b"0"], 0, received=1)
+    cancel("after_a_request", "stream_stream", "Listen", and_an_open_end(b"a"), 0, received=1)
+    cancel("server_stream", "unary_stream", "Linger", [b"2"], 2)
+    cancel("flood", "unary_stream", "Flood", [b""], 2)
+    cancel("client_stream", "stream_unary", "Listen", and_an_open_end(b"a", b"b"), 0, received=2)
+    cancel("after_last_request", "stream_stream", "Linger", iter([b"1"]), 1)
+    cancel("between_requests", "stream_stream", "Attend", and_an_open_end(b"a", b"b"), 2)
     over.set()
 
-    call = seen.begin("cancel.after_last_request", "stream_stream", "Linger", iter([b"1"]))
-    messages = [shown_message(next(call))]
-    call.cancel()
-    seen.end("cancel.after_last_request", call, messages)
+
+def odd_channel(target, server):
+    """A channel that compresses all it sends, and names itself."""
+    options = [
+        ("grpc.primary_user_agent", "conformance/1.0 (a; b)"),
+        ("grpc.secondary_user_agent", "~second/2"),
+    ]
+    seen = Transcript(target, server, options, grpc.Compression.Deflate)
+    for kind in KINDS:
+        requests = MIXED if kind == "stream_stream" else MIXED[1:2]
+        seen.call(f"{kind}.odd_channel", kind, "Echo", iter(requests))
+    return seen.cases
 
 
 def main():
     target, server = sys.argv[1:]
     seen = Transcript(target, server)
-    all_calls(seen)
-    json.dump(seen.cases, sys.stdout, ensure_ascii=False)
+    for cases in (
+        every_kind,
+        statuses,
+        sizes_and_numbers,
+        large_metadata,
+        compressed,
+        turns,
+        server_first,
+        half_closed,
+        cancelled,
+    ):
+        cases(seen)
+    json.dump(seen.cases | odd_channel(target, server), sys.stdout, ensure_ascii=False)
 
 
 main()

@@ -15,11 +15,11 @@ def content(variable):
     return pathlib.Path(path).read_bytes() if path else None
 
 
-def open_channel(target, options=None):
+def open_channel(target, options=None, compression=None):
     if "TLS_CA" not in os.environ:
-        return grpc.insecure_channel(target, options=options)
+        return grpc.insecure_channel(target, options, compression)
     credentials = grpc.ssl_channel_credentials(content("TLS_CA"), content("TLS_KEY"), content("TLS_CERT"))
-    return grpc.secure_channel(target, credentials, options=options)
+    return grpc.secure_channel(target, credentials, options, compression)
 
 
 def server_credentials():

@@ -11,7 +11,7 @@ import grpc
 from channel import open_channel
 from shown import BOUND
 
-STREAMS = 200
+STREAMS = 500
 CONNECTIONS = 100
 # Streams that are read no further while there is more to come of each than any window holds.
 UNREAD = 64

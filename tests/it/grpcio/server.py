@@ -1,8 +1,10 @@
 """A gRPC server without a schema: bytes in, bytes out.  Usage: server.py ADDRESS [TLS_ADDRESS]
 
-The last component of a method's path names its behaviour (BEHAVIOURS); a method that names none
-does not exist. The server notes what it saw of each call, which its client names by `call-id`;
-`/control/Record` returns that note once the call has ended. The port of TLS_ADDRESS is printed.
+Listens on ADDRESS, and for TLS on TLS_ADDRESS, and prints the ports: `port N`, `TLS port N`. A call
+whose metadata hold a plan (plan.py) is answered as planned. Of others, the last component of the
+method's path names the behaviour (BEHAVIOURS); a method that names none does not exist. The server
+notes what it saw of each call, which its client names by `call-id`; `/control/Record` returns that
+note once the call has ended.
 """
 
 import json
@@ -12,15 +14,10 @@ from concurrent import futures
 
 import grpc
 
+import plan
 from channel import server_credentials
-from shown import BOUND, shown_message, shown_metadata
+from shown import BIG, BOUND, shown_message, shown_metadata
 
-BIG = [
-    ("grpc.max_receive_message_length", -1),
-    ("grpc.max_send_message_length", -1),
-    ("grpc.max_metadata_size", 1 << 20),
-    ("grpc.absolute_max_metadata_size", 1 << 20),
-]
 CODES = {code.value[0]: code for code in grpc.StatusCode}
 
 
@@ -35,6 +32,7 @@ class Record:
         self.requests = []
         self.requests_ended = False
         self.client_left = False
+        self.released = False
 
 
 class Records:
@@ -61,6 +59,8 @@ class Records:
 
     def when_ended(self, call_id):
         with self.change:
+            if not self.change.wait_for(lambda: call_id in self.open | self.ended, BOUND / 6):
+                return {"error": "the server has not seen this call"}
             if not self.change.wait_for(lambda: call_id in self.ended, BOUND):
                 return {"error": "the server has not seen the end of this call"}
             return vars(self.ended.pop(call_id))
@@ -73,6 +73,16 @@ class Records:
 
         with self.change:
             return self.change.wait_for(received, BOUND)
+
+    def release(self, call_id):
+        """Lets a call in progress go on that waits for it."""
+        with self.change:
+            self.open[call_id].released = True
+            self.change.notify_all()
+
+    def when_released(self, record):
+        with self.change:
+            self.change.wait_for(lambda: record.released, BOUND)
 
 
 class Call:
@@ -113,13 +123,37 @@ def echo_gzip(call):
     yield from call.requests()
 
 
+def echo_deflate(call):
+    call.context.set_compression(grpc.Compression.Deflate)
+    yield from call.requests()
+
+
+def echo_some_gzip(call):
+    """Compresses every other message."""
+    call.context.set_compression(grpc.Compression.Gzip)
+    for number, request in enumerate(call.requests()):
+        if number % 2:
+            call.context.disable_next_message_compression()
+        yield request
+
+
 def collect(call):
     yield json.dumps([shown_message(request) for request in call.requests()]).encode()
+
+
+def reverse(call):
+    """Answers when it has all requests."""
+    yield from reversed(list(call.requests()))
 
 
 def spread(call):
     for size in json.loads(call.request()):
         yield bytes(range(256)) * (size // 256) + b"x" * (size % 256)
+
+
+def flood(call):
+    while not call.gone.is_set():
+        yield b"f" * 1_000_000
 
 
 def greet(call):
@@ -128,12 +162,42 @@ def greet(call):
     yield from call.requests()
 
 
-def fail(call):
+def ahead(call):
+    """Sends its metadata first."""
+    call.context.send_initial_metadata([("ahead", "of all")])
+    yield from call.requests()
+
+
+def ahead_of_release(call):
+    """Sends its metadata, and nothing more until it is told to."""
+    call.context.send_initial_metadata([("ahead", "of all")])
+    call.records.when_released(call.record)
+    yield from call.requests()
+
+
+def end(call):
     """Ends with the status that the request describes, after so many messages."""
     wanted = json.loads(call.request())
     for number in range(wanted["after"]):
         yield b"%d" % number
     call.end(CODES[wanted["code"]], wanted["details"])
+
+
+def abort(call):
+    call.context.abort(grpc.StatusCode.FAILED_PRECONDITION, call.request().decode())
+    yield
+
+
+def crash(call):
+    raise ValueError(call.request().decode())
+    yield
+
+
+def cancel(call):
+    call.request()
+    call.context.cancel()
+    call.gone.wait(BOUND)
+    yield from ()
 
 
 def linger(call):
@@ -143,54 +207,116 @@ def linger(call):
     call.gone.wait(BOUND)
 
 
+def attend(call):
+    """Answers each request, but does not end before its client leaves."""
+    yield from call.requests()
+    call.gone.wait(BOUND)
+
+
+def listen(call):
+    """Only reads, and does not end before its client leaves."""
+    for _ in call.requests():
+        pass
+    call.gone.wait(BOUND)
+    yield from ()
+
+
 def enough(call):
     """Ends well after the first request, however many are to come."""
     call.request()
     yield b"enough"
 
 
+def enough_at_once(_call):
+    yield b"enough"
+
+
 def refuse(call):
     """Ends badly after the first request, however many are to come."""
     call.request()
+    yield from refuse_at_once(call)
+
+
+def refuse_at_once(call):
     call.end(grpc.StatusCode.ALREADY_EXISTS, "enough")
     yield from ()
 
 
+def planned(call):
+    """Answers as the call's metadata say."""
+    wanted = plan.of(call.context.invocation_metadata())
+    if wanted.gzip:
+        call.context.set_compression(grpc.Compression.Gzip)
+    if wanted.initial:
+        call.context.send_initial_metadata(wanted.initial)
+    call.context.set_trailing_metadata(wanted.trailing)
+    requests = call.requests()
+    read = 0
+    for after, message in wanted.answers:
+        while read < after:
+            next(requests)
+            read += 1
+        yield message
+    if wanted.to_the_end:
+        for _ in requests:
+            pass
+    call.end(CODES[wanted.code], wanted.details)
+
+
 BEHAVIOURS = {
-    "Echo": echo,
-    "EchoGzip": echo_gzip,
+    "Abort": abort,
+    "Ahead": ahead,
+    "AheadOfRelease": ahead_of_release,
+    "Attend": attend,
+    "Cancel": cancel,
     "Collect": collect,
-    "Spread": spread,
-    "Greet": greet,
-    "Fail": fail,
-    "Linger": linger,
+    "Echo": echo,
+    "EchoDeflate": echo_deflate,
+    "EchoGzip": echo_gzip,
+    "EchoSomeGzip": echo_some_gzip,
+    "End": end,
     "Enough": enough,
+    "EnoughAtOnce": enough_at_once,
+    "Flood": flood,
+    "Greet": greet,
+    "Linger": linger,
+    "Listen": listen,
+    "Raise": crash,
     "Refuse": refuse,
+    "RefuseAtOnce": refuse_at_once,
+    "Reverse": reverse,
+    "Spread": spread,
 }
 
 
 class AnyMethod(grpc.GenericRpcHandler):
     def __init__(self):
-        self.records = Records()
+        records = Records()
+        self.records = records
+        self.control = {
+            "Record": records.when_ended,
+            "Received": records.when_received,
+            "Release": records.release,
+        }
 
     def service(self, handler_call_details):
         method = handler_call_details.method
-        if method == "/control/Record":
-            return grpc.unary_unary_rpc_method_handler(self.record)
-        if method == "/control/Received":
-            return grpc.unary_unary_rpc_method_handler(self.received)
-        behaviour = BEHAVIOURS.get(method.rsplit("/", 1)[-1])
+        behaviour = method.rpartition("/")[2]
+        if method.startswith("/control/"):
+            return grpc.unary_unary_rpc_method_handler(
+                lambda request, _context: json.dumps(
+                    self.control[behaviour](*json.loads(request))
+                ).encode()
+            )
+        if plan.of(handler_call_details.invocation_metadata) is not None:
+            behaviour = planned
+        else:
+            behaviour = BEHAVIOURS.get(behaviour)
         if behaviour is None:
             return None
         return grpc.stream_stream_rpc_method_handler(
             lambda requests, context: self.serve(method, behaviour, requests, context)
         )
-
-    def record(self, request, _context):
-        return json.dumps(self.records.when_ended(request.decode())).encode()
-
-    def received(self, request, _context):
-        return json.dumps(self.records.when_received(*json.loads(request))).encode()
 
     def serve(self, method, behaviour, requests, context):
         call = Call(method, requests, context, self.records)
@@ -218,13 +344,16 @@ class AnyMethod(grpc.GenericRpcHandler):
 
 def main():
     address, *tls_addresses = sys.argv[1:]
-    server = grpc.server(futures.ThreadPoolExecutor(512), options=BIG)
+    server = grpc.server(futures.ThreadPoolExecutor(1024), options=BIG)
     server.add_generic_rpc_handlers((AnyMethod(),))
-    if server.add_insecure_port(address) == 0:
+    port = server.add_insecure_port(address)
+    if port == 0:
         sys.exit(f"cannot listen on {address}")
     for tls_address in tls_addresses:
-        print("port", server.add_secure_port(tls_address, server_credentials()), flush=True)
+        tls_port = server.add_secure_port(tls_address, server_credentials())
+        print(f"TLS port {tls_port}", flush=True)
     server.start()
+    print(f"port {port}", flush=True)
     server.wait_for_termination()
 
 

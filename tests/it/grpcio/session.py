@@ -1,9 +1,10 @@
 """Makes one call after another on one channel, as told on stdin.  Usage: session.py TARGET
 
 A line of stdin is a call: {"method": PATH, "requests": [HEX, …]} with these to choose from: "hold":
-BOOL, "hasty": BOOL, "timeout": SECONDS, "metadata": [[KEY, VALUE], …], "gzip": BOOL. With `hold` its
-requests do not end before the line `release`; with `gzip` its messages are compressed. Lines of
-stdout, as things happen:
+BOOL, "hasty": BOOL, "wait": BOOL, "timeout": SECONDS, "metadata": [[KEY, VALUE], …], "gzip": BOOL.
+With `hold` its requests do not end before the line `release`; with `gzip` its messages are
+compressed; with `wait` it waits for a server, and {"state": "TRANSIENT_FAILURE"} is said when there
+was none. Lines of stdout, as things happen:
 {"message": HEX}, then {"code": …, "details": …, "initial": …, "trailing": …, "connected": N},
 where N counts how often the channel has become ready; with `hasty` its first time is not waited for,
 which may never come.
@@ -27,20 +28,25 @@ def say(**line):
 class Readiness:
     def __init__(self, channel):
         self.times = 0
+        self.failed = False
         self.change = threading.Condition()
         channel.subscribe(self.see)
 
     def see(self, state):
         with self.change:
-            if state is grpc.ChannelConnectivity.READY:
-                self.times += 1
-                self.change.notify_all()
+            self.times += state is grpc.ChannelConnectivity.READY
+            self.failed |= state is grpc.ChannelConnectivity.TRANSIENT_FAILURE
+            self.change.notify_all()
 
     def count(self, hasty):
         """Callbacks come late: the first one is waited for."""
         with self.change:
             self.change.wait_for(lambda: hasty or self.times > 0, BOUND)
             return self.times
+
+    def until_failed(self):
+        with self.change:
+            self.change.wait_for(lambda: self.failed, BOUND)
 
 
 def read(calls):
@@ -72,10 +78,14 @@ def main():
         options = {
             "timeout": wanted.get("timeout", BOUND),
             "metadata": [tuple(pair) for pair in wanted.get("metadata", ())],
+            "wait_for_ready": wanted.get("wait"),
         }
         if wanted.get("gzip"):
             options["compression"] = grpc.Compression.Gzip
         call = channel.stream_stream(wanted["method"])(requests(wanted, release), **options)
+        if wanted.get("wait"):
+            readiness.until_failed()
+            say(state="TRANSIENT_FAILURE")
         try:
             for message in call:
                 say(message=message.hex())

@@ -4,6 +4,14 @@ import hashlib
 
 # How long anything may take, in seconds, before it has failed.
 BOUND = 60
+# Messages of any size, and metadata of any size that somebody might send.
+BIG = [
+    ("grpc.max_receive_message_length", -1),
+    ("grpc.max_send_message_length", -1),
+    ("grpc.max_metadata_size", 1 << 20),
+    ("grpc.absolute_max_metadata_size", 1 << 20),
+    ("grpc.use_local_subchannel_pool", 1),
+]
 
 
 def shown_message(message):
