@@ -2,6 +2,7 @@
 //! answered. Counts only; what is recorded is `record`'s business.
 
 use std::collections::HashMap;
+use std::hash::{BuildHasher, RandomState};
 use std::time::{Duration, Instant};
 
 use serde::Serialize;
@@ -23,6 +24,9 @@ pub enum Asked {
     Missed,
 }
 
+/// Distinct actions of one build that are told apart; further ones are not counted.
+const MAX_ASKED: usize = 1_000_000;
+
 /// A build that is running or has ended.
 #[derive(Debug)]
 pub struct Build {
@@ -40,7 +44,10 @@ pub struct Build {
     pub last_call: Instant,
     /// What to record of it.
     pub subactions: HashMap<FlightKey, Subaction>,
-    asked: HashMap<FlightKey, (Asked, Duration)>,
+    /// By a hash: there can be many, and nothing but their number counts.
+    asked: HashMap<u64, Asked>,
+    hasher: RandomState,
+    saved: Duration,
     /// Results that were primed for it.
     pub primed: u64,
 }
@@ -57,6 +64,8 @@ impl Build {
             last_call: Instant::now(),
             subactions: HashMap::new(),
             asked: HashMap::new(),
+            hasher: RandomState::new(),
+            saved: Duration::ZERO,
             primed: 0,
         }
     }
@@ -69,10 +78,15 @@ impl Build {
     /// Counts an answer. `saved` is what primed spared the client. The first answer counts, but
     /// an action that was missed may still be joined.
     pub fn count(&mut self, key: &FlightKey, asked: Asked, saved: Duration) {
-        let entry = self.asked.entry(key.clone()).or_insert((asked, saved));
-        if entry.0 == Asked::Missed && asked == Asked::Joined {
-            *entry = (asked, saved);
+        let key = self.hasher.hash_one(key);
+        match self.asked.get(&key) {
+            None if self.asked.len() >= MAX_ASKED => return,
+            None => {}
+            Some(Asked::Missed) if asked == Asked::Joined => {}
+            Some(_) => return,
         }
+        self.asked.insert(key, asked);
+        self.saved += saved;
     }
 
     /// Keeps an action for recording.
@@ -85,14 +99,8 @@ impl Build {
 
     /// What `primed status` shows of it.
     pub fn status(&self) -> BuildStatus {
-        let count = |which| {
-            self.asked
-                .values()
-                .filter(|(asked, _)| *asked == which)
-                .count() as u64
-        };
+        let count = |which| self.asked.values().filter(|asked| **asked == which).count() as u64;
         let (hit, joined) = (count(Asked::Hit), count(Asked::Joined));
-        let saved: Duration = self.asked.values().map(|(_, saved)| *saved).sum();
         BuildStatus {
             id: self.id.clone(),
             parent: "invocation",
@@ -106,7 +114,7 @@ impl Build {
             missed: count(Asked::Missed),
             primed: self.primed,
             used: hit + joined,
-            saved_ms: u64::try_from(saved.as_millis()).unwrap_or(u64::MAX),
+            saved_ms: u64::try_from(self.saved.as_millis()).unwrap_or(u64::MAX),
         }
     }
 }
