@@ -1,15 +1,17 @@
-# What scripts/quickstart and scripts/bench-rebuild share: a folder for one run, servers that start
-# and stop with it, one timed build, and the figures of `primed status`. Sourced, never run.
+# What scripts/quickstart, the benchmarks and scripts/soak share: a folder for one run, servers that
+# start and stop with it, one timed build, and the figures of `primed status`. Sourced, never run.
 #
 # After sourcing:
 #   $repo     the repository            $tools   where recc and buildbox are
 #   $run      this run's own folder     $sockets a folder with a short name (a socket's path is
 #   $primed   the primed to measure              limited to about 100 characters)
+#   $peers    the load generator and fast server of benches/proxy, after build_peers
 # shellcheck shell=bash
 
 repo=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 tools=$repo/target/tools
 primed=${PRIMED:-}
+peers=${PEERS:-}
 program=${0##*/}
 
 say() { printf '%s: %s\n' "$program" "$*" >&2; }
@@ -54,6 +56,16 @@ prepare() {
     trap finish EXIT
     trap 'exit 130' INT
     trap 'exit 143' TERM
+}
+
+# build_peers: the load generator and fast server, unless PEERS named them.
+build_peers() {
+    if [[ $peers ]]; then return; fi
+    say "building the load generator"
+    peers=$(cargo bench --quiet --locked --no-run --bench proxy --manifest-path "$repo/Cargo.toml" \
+        --target-dir "$repo/target" --message-format=json-render-diagnostics |
+        sed -n 's/.*"executable":"\([^"]*\)".*/\1/p' | tail -n 1)
+    [[ -x $peers ]] || die "cargo built no load generator."
 }
 
 # finish: stops the servers, newest first; keeps the logs only of a run that failed by itself.

@@ -2,7 +2,6 @@
 
 use std::future::poll_fn;
 use std::path::Path;
-use std::pin::pin;
 use std::task::Poll;
 
 use bytes::Bytes;
@@ -12,7 +11,7 @@ use http::{HeaderMap, Method, Request};
 use tokio::net::UnixStream;
 use tokio::task::JoinSet;
 
-use crate::server::{collect, drain, send};
+use crate::server::{drain, send};
 use crate::tuning::{HEADER_LIST, Tuning};
 use crate::{Result, reapi};
 
@@ -52,12 +51,6 @@ impl Head {
         let metadata = reapi::request_metadata();
         Head::new(path, &[(reapi::REQUEST_METADATA_KEY, &metadata)])
     }
-}
-
-/// An answer in one message. The code is gRPC's.
-pub struct Answer {
-    pub code: u16,
-    pub message: Bytes,
 }
 
 impl Connection {
@@ -111,17 +104,11 @@ impl Caller {
         self.0.send_request(head.0.clone(), end)
     }
 
-    /// A call with one message each way.
-    pub async fn unary(&mut self, head: &Head, message: Bytes) -> Result<Answer, h2::Error> {
+    /// A call with one message each way: gRPC's status.
+    pub async fn unary(&mut self, head: &Head, message: Bytes) -> Result<u16, h2::Error> {
         let (response, mut request) = self.begin(head, false).await?;
         request.send_data(message, true)?;
-        let (head, mut body) = response.await?.into_parts();
-        let message = collect(&mut body).await?;
-        let trailers = body.trailers().await?;
-        Ok(Answer {
-            code: code(trailers.as_ref().unwrap_or(&head.headers)),
-            message,
-        })
+        answer(response).await
     }
 
     /// Opens a call, sends `message` and waits for the head of the answer. The request stays open
@@ -137,6 +124,12 @@ impl Caller {
         Ok((request, response.await?.into_body()))
     }
 
+    /// Sends a call and takes no interest in it any more.
+    pub async fn send_and_drop(&mut self, head: &Head, message: Bytes) -> Result<(), h2::Error> {
+        let (_, mut request) = self.begin(head, false).await?;
+        request.send_data(message, true)
+    }
+
     /// The number of bytes that a call with one message brings, all of them read and dropped.
     pub async fn download(&mut self, head: &Head, message: Bytes) -> Result<usize> {
         let (_, mut body) = self.start(head, message, true).await?;
@@ -147,29 +140,34 @@ impl Caller {
         }
     }
 
-    /// Sends `first`, then `message` `times` times.
+    /// Sends the messages, one after the other, unless the answer comes before the last of them.
     pub async fn upload(
         &mut self,
         head: &Head,
-        first: Bytes,
-        message: Bytes,
-        times: usize,
-    ) -> Result<Answer> {
+        messages: impl IntoIterator<Item = Bytes>,
+    ) -> Result<u16, h2::Error> {
         let (response, mut request) = self.begin(head, false).await?;
-        let mut response = pin!(response);
-        send(&mut request, first).await?;
-        for _ in 0..times {
-            send(&mut request, message.clone()).await?;
+        let mut sent = Ok(());
+        for message in messages {
+            sent = send(&mut request, message).await;
+            if sent.is_err() {
+                break;
+            }
         }
-        request.send_data(Bytes::new(), true)?;
-        let (head, mut body) = response.as_mut().await?.into_parts();
-        let message = collect(&mut body).await?;
-        let trailers = body.trailers().await?;
-        Ok(Answer {
-            code: code(trailers.as_ref().unwrap_or(&head.headers)),
-            message,
-        })
+        if sent.is_ok() {
+            sent = request.send_data(Bytes::new(), true);
+        }
+        answer(response)
+            .await
+            .map_err(|error| sent.err().unwrap_or(error))
     }
+}
+
+async fn answer(response: ResponseFuture) -> Result<u16, h2::Error> {
+    let (head, mut body) = response.await?.into_parts();
+    drain(&mut body).await?;
+    let trailers = body.trailers().await?;
+    Ok(code(trailers.as_ref().unwrap_or(&head.headers)))
 }
 
 /// The gRPC status that `headers` tell; 2 (unknown) without one.

@@ -2,6 +2,7 @@
 
 use std::fmt;
 use std::future::pending;
+use std::iter::{once, repeat_n};
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -168,7 +169,7 @@ impl Seed {
                     (&upload, reapi::upload_of(&seeded)),
                     (&update, reapi::update_of(&seeded)),
                 ] {
-                    let code = caller.unary(head, message).await?.code;
+                    let code = caller.unary(head, message).await?;
                     if code != 0 {
                         return Err(format!("the backend refuses: gRPC status {code}").into());
                     }
@@ -279,7 +280,7 @@ impl Load {
             }
             let connection = self.connection().await?;
             let message = messages[turn % messages.len()].clone();
-            succeeded(connection.caller().unary(&head, message).await?.code)?;
+            succeeded(connection.caller().unary(&head, message).await?)?;
             drop(connection);
             if called >= begin {
                 latencies.0.push(called.elapsed());
@@ -313,10 +314,9 @@ impl Load {
         let times = size.div_ceil(blob.message_size);
         let mut transfer = Transfer::begin(seconds);
         while transfer.goes_on() {
-            let answer = caller
-                .upload(&head, first.clone(), message.clone(), times)
-                .await?;
-            succeeded(answer.code)?;
+            let messages = once(first.clone()).chain(repeat_n(message.clone(), times));
+            let answer = caller.upload(&head, messages).await?;
+            succeeded(answer)?;
             transfer.bytes += size;
         }
         Ok(transfer.tell())
@@ -361,17 +361,11 @@ impl Load {
         let (head, messages) = Kind::Lookup.requests()?;
         let message = &messages[0];
         let mut open = vec![self.connection().await?];
-        succeeded(open[0].caller().unary(&head, message.clone()).await?.code)?;
+        succeeded(open[0].caller().unary(&head, message.clone()).await?)?;
         let before = self.settled().await?;
         for _ in 0..connections {
             let connection = self.connection().await?;
-            succeeded(
-                connection
-                    .caller()
-                    .unary(&head, message.clone())
-                    .await?
-                    .code,
-            )?;
+            succeeded(connection.caller().unary(&head, message.clone()).await?)?;
             open.push(connection);
         }
         self.grown(before, connections).await
@@ -411,8 +405,7 @@ impl Load {
         let code = connection
             .caller()
             .unary(&lookup, messages[0].clone())
-            .await?
-            .code;
+            .await?;
         succeeded(code)?;
         let before = self.settled().await?;
         let mut unread = JoinSet::new();
@@ -479,7 +472,7 @@ impl Calls {
                 break;
             }
             let message = self.messages[turn % self.messages.len()].clone();
-            succeeded(caller.unary(&self.head, message).await?.code)?;
+            succeeded(caller.unary(&self.head, message).await?)?;
             if called >= begin {
                 latencies.0.push(called.elapsed());
             }
@@ -554,7 +547,8 @@ impl fmt::Display for Failed {
     }
 }
 
-fn runtime() -> Result<tokio::runtime::Runtime> {
+/// A runtime on this thread alone.
+pub fn runtime() -> Result<tokio::runtime::Runtime> {
     Ok(tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()?)

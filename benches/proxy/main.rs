@@ -7,6 +7,7 @@
 
 mod client;
 mod load;
+mod mix;
 mod process;
 mod reapi;
 mod report;
@@ -45,6 +46,8 @@ enum Command {
     Seed(load::Seed),
     /// Measures one thing once and prints it as a line of JSON.
     Load(load::Load),
+    /// Bounded load of every kind for a while, through a proxy and beside it; for scripts/soak.
+    Mix(mix::Mix),
     /// Turns the lines that `load` printed into a table of ratios.
     Report(report::Report),
 }
@@ -54,6 +57,7 @@ fn main() -> ExitCode {
         Some(Command::Server(server)) => server.run(),
         Some(Command::Seed(seed)) => seed.run(),
         Some(Command::Load(load)) => load.run(),
+        Some(Command::Mix(mix)) => mix.run(),
         Some(Command::Report(report)) => report.run(),
         None => {
             eprintln!("proxy: nothing measured; scripts/bench-proxy sets the proxies up");

@@ -41,24 +41,6 @@ impl Family {
     pub fn pss_kib(&self) -> u64 {
         self.0.iter().map(|pid| rollup(*pid, "Pss:")).sum()
     }
-
-    pub fn descriptors(&self) -> usize {
-        self.0
-            .iter()
-            .map(|pid| entries(&format!("/proc/{pid}/fd")))
-            .sum()
-    }
-
-    pub fn threads(&self) -> usize {
-        self.0
-            .iter()
-            .map(|pid| entries(&format!("/proc/{pid}/task")))
-            .sum()
-    }
-}
-
-fn entries(folder: &str) -> usize {
-    fs::read_dir(folder).map_or(0, Iterator::count)
 }
 
 fn cpu_ns(pid: u32) -> u64 {

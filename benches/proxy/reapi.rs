@@ -8,6 +8,7 @@ use base64::Engine as _;
 use bytes::{BufMut, Bytes, BytesMut};
 use primed::digest::Digest;
 use primed::reapi::google::bytestream::{ReadRequest, ReadResponse, WriteRequest, WriteResponse};
+use primed::reapi::google::rpc::Status;
 use primed::reapi::{
     Action, ActionResult, BatchReadBlobsRequest, BatchReadBlobsResponse, BatchUpdateBlobsRequest,
     Command, Directory, GetActionResultRequest, OutputFile, RequestMetadata, ServerCapabilities,
@@ -115,11 +116,11 @@ pub fn lookup_of_nothing(salt: u64) -> Bytes {
 
 /// Uploads all that the seeded action needs.
 pub fn upload_of(seeded: &Seeded) -> Bytes {
-    let requests = seeded.blobs.iter().map(|(digest, data)| {
-        let mut request = batch_update_blobs_request::Request::default();
-        request.digest = Some(digest.to_proto());
-        request.data = data.clone();
-        request
+    let blobs = seeded.blobs.iter();
+    let requests = blobs.map(|(digest, data)| batch_update_blobs_request::Request {
+        digest: Some(digest.to_proto()),
+        data: data.clone(),
+        ..Default::default()
     });
     framed(&BatchUpdateBlobsRequest {
         requests: requests.collect(),
@@ -157,20 +158,26 @@ pub fn batch_read_answer(blobs: &HashMap<Digest, Bytes>, request: &[u8]) -> Byte
         let data = primed::digest::required(Some(&proto))
             .ok()
             .and_then(|digest| blobs.get(&digest).cloned());
-        let mut response = batch_read_blobs_response::Response::default();
-        response.digest = Some(proto);
-        if data.is_none() {
-            response.status = Some(primed::reapi::google::rpc::Status {
-                code: 5,
-                ..Default::default()
-            });
+        let missing = Status {
+            code: 5,
+            ..Status::default()
+        };
+        batch_read_blobs_response::Response {
+            digest: Some(proto),
+            status: data.is_none().then_some(missing),
+            data: data.unwrap_or_default(),
+            ..Default::default()
         }
-        response.data = data.unwrap_or_default();
-        response
     });
     framed(&BatchReadBlobsResponse {
         responses: responses.collect(),
     })
+}
+
+/// Reads ask for a blob by this.
+pub fn blob_name(digest: Digest) -> String {
+    let digest = digest.to_proto();
+    format!("{}/{}", digest.hash, digest.size_bytes)
 }
 
 /// Asks for the blob `hash/size`.
@@ -212,6 +219,33 @@ pub fn write_message(size: usize) -> Bytes {
         data: vec![0x5a; size].into(),
         ..WriteRequest::default()
     })
+}
+
+/// All messages of a write of `blob`, as the backend wants them.
+pub fn write_of(blob: &Bytes) -> Vec<Bytes> {
+    const MESSAGE: usize = 256 << 10;
+    let (digest, upload) = (Digest::of(blob), uuid::Uuid::new_v4());
+    let messages = (0..blob.len()).step_by(MESSAGE).map(|offset| {
+        let end = blob.len().min(offset + MESSAGE);
+        framed(&WriteRequest {
+            resource_name: format!("uploads/{upload}/blobs/{}", blob_name(digest)),
+            write_offset: i64::try_from(offset).unwrap_or(i64::MAX),
+            finish_write: end == blob.len(),
+            data: blob.slice(offset..end),
+        })
+    });
+    messages.collect()
+}
+
+/// The digest of what a read brought, message by message.
+pub fn digest_read(mut body: Bytes) -> Digest {
+    let mut blob = BytesMut::new();
+    while body.len() >= 5 {
+        let length = 5 + u32::from_be_bytes([body[1], body[2], body[3], body[4]]) as usize;
+        let message = body.split_to(length.min(body.len()));
+        blob.extend_from_slice(&unframed::<ReadResponse>(&message).data);
+    }
+    Digest::of(&blob)
 }
 
 pub fn write_answer(received: usize) -> Bytes {

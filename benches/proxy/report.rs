@@ -315,7 +315,7 @@ impl Row {
             let (limit, of) = floor.words();
             writeln!(
                 table,
-                "{:<42}{value:>10.2}  {sign} {limit:<7}{of:<26}{met}",
+                "{:<42}{value:>10.3}  {sign} {limit:<7}{of:<26}{met}",
                 self.label
             )?;
         }

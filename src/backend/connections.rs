@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use h2::client::Builder;
+use http::HeaderMap;
 use parking_lot::Mutex;
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::time::Instant;
@@ -18,8 +19,8 @@ use super::health::UpstreamHealth;
 use super::keep_alive::{Counted, Received, until_dead};
 use crate::address::Address;
 use crate::http2::{
-    HANDSHAKE_TIMEOUT, MAX_FRAME_SIZE, MAX_HEADER_LIST_SIZE, SEND_BUFFER, STREAM_WINDOW,
-    UPSTREAM_WINDOW,
+    DATA_FRAME_BUDGET, HANDSHAKE_TIMEOUT, MAX_FRAME_SIZE, SEND_BUFFER, STREAM_WINDOW,
+    UPSTREAM_HEADER_LIST, UPSTREAM_WINDOW,
 };
 use crate::task;
 
@@ -39,12 +40,40 @@ pub struct ConnectError {
     source: Arc<io::Error>,
 }
 
+/// What a call's headers come to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Headers {
+    /// Within what every server takes.
+    Usual,
+    /// More than some take. gRPC's C-core then ends the whole connection, with all calls on it
+    /// (buildbox-casd from 8 KiB on: measured), so these must not share one with others.
+    Long,
+}
+
+/// From how many bytes on headers are long.
+const LONG_HEADERS: usize = 7 * 1024;
+
+impl Headers {
+    /// Which these are, by the bytes of their names and values.
+    pub fn of(headers: &HeaderMap) -> Self {
+        let size = headers
+            .iter()
+            .map(|(name, value)| name.as_str().len() + value.len());
+        match size.sum::<usize>() {
+            ..LONG_HEADERS => Headers::Usual,
+            LONG_HEADERS.. => Headers::Long,
+        }
+    }
+}
+
 /// Connections to one address.
 pub struct Connections {
     dialer: Dialer,
     health: Arc<UpstreamHealth>,
     keep_alive: Duration,
     slots: [Slot; CONNECTIONS],
+    /// For calls with long headers.
+    aside: Slot,
     next: AtomicUsize,
     back_off: Mutex<BackOff>,
 }
@@ -59,7 +88,7 @@ struct Slot {
 #[derive(Default)]
 struct BackOff {
     pause: Duration,
-    failed: Option<(Instant, ConnectError)>,
+    last: Option<(Instant, ConnectError)>,
 }
 
 impl Connections {
@@ -70,6 +99,7 @@ impl Connections {
             health,
             keep_alive,
             slots: Default::default(),
+            aside: Slot::default(),
             next: AtomicUsize::new(0),
             back_off: Mutex::default(),
         }
@@ -79,8 +109,15 @@ impl Connections {
     ///
     /// # Errors
     /// `ConnectError`, when there is none within `patience`.
-    pub async fn ready(&self, patience: Duration) -> Result<Connection, ConnectError> {
-        let slot = &self.slots[self.next.fetch_add(1, Ordering::Relaxed) % CONNECTIONS];
+    pub async fn ready(
+        &self,
+        headers: Headers,
+        patience: Duration,
+    ) -> Result<Connection, ConnectError> {
+        let slot = match headers {
+            Headers::Usual => &self.slots[self.next.fetch_add(1, Ordering::Relaxed) % CONNECTIONS],
+            Headers::Long => &self.aside,
+        };
         match slot.open() {
             Some(open) => Ok(open),
             // Boxed: it is rare, and large for something that is part of every call.
@@ -91,43 +128,43 @@ impl Connections {
     async fn connected(&self, slot: &Slot, patience: Duration) -> Result<Connection, ConnectError> {
         let deadline = Instant::now() + patience;
         loop {
-            let (pause_ends, error) = match self.turn(slot).await {
-                Ok(open) => return Ok(open),
-                Err(failed) => failed,
-            };
-            if Instant::now() >= deadline {
-                return Err(error);
+            match self.turn(slot, Instant::now()).await {
+                Err(error) if Instant::now() >= deadline => return Err(error),
+                Err(_) => {}
+                open => return open,
             }
-            tokio::time::sleep_until(pause_ends.min(deadline)).await;
         }
     }
 
-    /// Connects, or waits for whoever does so already.
-    async fn turn(&self, slot: &Slot) -> Result<Connection, (Instant, ConnectError)> {
+    /// Connects, after the pause that earlier failures make due, or waits for whoever does so
+    /// already. A failure since `arrived` is shared.
+    async fn turn(&self, slot: &Slot, arrived: Instant) -> Result<Connection, ConnectError> {
         let _turn = slot.dialling.lock().await;
         if let Some(open) = slot.open() {
             return Ok(open);
+        }
+        let failure = self.back_off.lock().last.clone();
+        if let Some((failed, error)) = failure {
+            if failed >= arrived {
+                return Err(error);
+            }
+            let pause = self.back_off.lock().pause;
+            tokio::time::sleep_until(failed + pause).await;
         }
         let open = self.connect().await?;
         *slot.open.lock() = Some(open.clone());
         Ok(open)
     }
 
-    /// Connects, unless the last attempt failed too short a time ago. An error comes with the
-    /// time of the next attempt.
-    async fn connect(&self) -> Result<Connection, (Instant, ConnectError)> {
-        if let Some((pause_ends, error)) = &self.back_off.lock().failed
-            && Instant::now() < *pause_ends
-        {
-            return Err((*pause_ends, error.clone()));
-        }
+    async fn connect(&self) -> Result<Connection, ConnectError> {
         let opening = tokio::time::timeout(HANDSHAKE_TIMEOUT, self.open());
         let opened = opening
             .await
             .unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into()));
+        let mut back_off = self.back_off.lock();
         match opened {
             Ok(open) => {
-                *self.back_off.lock() = BackOff::default();
+                *back_off = BackOff::default();
                 Ok(open)
             }
             Err(source) => {
@@ -140,11 +177,9 @@ impl Connections {
                     true => LONGEST_LOCAL_PAUSE,
                     false => LONGEST_PAUSE,
                 };
-                let mut back_off = self.back_off.lock();
                 back_off.pause = (back_off.pause * 2).clamp(FIRST_PAUSE, longest);
-                let pause_ends = Instant::now() + back_off.pause;
-                back_off.failed = Some((pause_ends, error.clone()));
-                Err((pause_ends, error))
+                back_off.last = Some((Instant::now(), error.clone()));
+                Err(error)
             }
         }
     }
@@ -156,8 +191,9 @@ impl Connections {
             .initial_window_size(STREAM_WINDOW)
             .initial_connection_window_size(UPSTREAM_WINDOW)
             .max_frame_size(MAX_FRAME_SIZE)
-            .max_header_list_size(MAX_HEADER_LIST_SIZE)
+            .max_header_list_size(UPSTREAM_HEADER_LIST)
             .max_send_buffer_size(SEND_BUFFER)
+            .data_frame_budget(DATA_FRAME_BUDGET)
             .max_concurrent_reset_streams(1024)
             .enable_push(false)
             .handshake(stream)

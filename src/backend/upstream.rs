@@ -13,7 +13,7 @@ use http::{HeaderMap, Method, Request};
 use http_body::Frame;
 use tonic::Code;
 
-use super::connections::{ConnectError, Connections};
+use super::connections::{ConnectError, Connections, Headers};
 use super::credentials::{CredentialError, Credentials, replace};
 use super::dial::Dialer;
 use super::endpoints::{Endpoint, Endpoints};
@@ -160,7 +160,7 @@ impl Upstream {
     /// `ConnectError`, when that fails.
     pub async fn reach(&self, endpoint: Endpoint, patience: Duration) -> Result<(), ConnectError> {
         let connections = &self.connections[self.routes.endpoints.index(endpoint)];
-        connections.ready(patience).await.map(drop)
+        connections.ready(Headers::Usual, patience).await.map(drop)
     }
 
     /// Makes a call, and returns when its answer has begun.
@@ -185,9 +185,11 @@ impl Upstream {
             body = Body::made(Renamed::new(body, rewriter));
         }
         let connections = &self.connections[index];
+        let headers = Headers::of(&head.headers);
         let mut attempt = 1;
         let answer = loop {
-            let connection = connections.ready(self.routes.patience.connect).await?;
+            let patience = self.routes.patience.connect;
+            let connection = connections.ready(headers, patience).await?;
             let request = destination.request(head.clone());
             match Exchange::begin(connection, request, body)?.await? {
                 Begun::Answer(answer) => break answer,

@@ -63,7 +63,7 @@ pub struct Arguments {
         long,
         env = "PRIMED_MAX_STREAMS",
         value_name = "N",
-        default_value = "10000"
+        default_value = "4096"
     )]
     max_streams: NonZero<u32>,
     /// Where the records of earlier builds are kept [default: $XDG_STATE_HOME/primed].

@@ -20,8 +20,11 @@ pub const UPSTREAM_WINDOW: u32 = 1024 * 1024 * 1024;
 /// What may be under way unread on a client's connection: it bounds what one client can make
 /// primed hold.
 pub const CLIENT_WINDOW: u32 = 256 * 1024 * 1024;
-/// Header lists of 40 KiB have been seen; HTTP/2's usual limit would answer them with 431.
-pub const MAX_HEADER_LIST_SIZE: u32 = 1024 * 1024;
+/// What the headers of an answer may come to. HTTP/2's usual limit is 16 KiB.
+pub const UPSTREAM_HEADER_LIST: u32 = 1024 * 1024;
+/// What the headers of a call may come to. 40 KiB have been seen, which h2's own limit would answer
+/// with 431; but a few bytes of a header block can stand for that much, on every stream.
+pub const CLIENT_HEADER_LIST: u32 = 256 * 1024;
 /// What may wait for one stream's receiver, in bytes.
 pub const SEND_BUFFER: usize = 512 * 1024;
 /// Memory that unread DATA frames may take beyond their payload, for each connection.

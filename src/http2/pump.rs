@@ -3,7 +3,7 @@
 
 use std::task::{Context, Poll, ready};
 
-use bytes::Bytes;
+use bytes::{Bytes, BytesMut};
 use h2::{Reason, SendStream};
 use http::HeaderMap;
 
@@ -12,6 +12,11 @@ use super::body::{Body, BodyError};
 /// A chunk of at most this size that begins a body is sent without asking for room: it then leaves
 /// in one write with the headers, and this is within every peer's first window.
 const FIRST_CHUNK: usize = 32 * 1024;
+
+/// Chunks below this size are gathered up to `GATHERED`, as far as they are there already: each one
+/// costs some hundred bytes on its way, however small it is.
+const SMALL_CHUNK: usize = 1024;
+const GATHERED: usize = 16 * 1024;
 
 /// Where a body goes: a stream whose headers have been sent, and which is still open.
 pub struct Sink {
@@ -107,7 +112,15 @@ pub struct Pump {
     from: Body,
     to: Sink,
     held: Option<Bytes>,
-    data_ended: bool,
+    source: Source,
+}
+
+/// What is known of the body's end.
+enum Source {
+    Flowing,
+    /// There is no more data; trailers may follow.
+    Drained,
+    Broken(BodyError),
 }
 
 /// Why a pump stopped before the end.
@@ -117,6 +130,15 @@ pub enum PumpError {
     Source(BodyError),
     /// The receiver takes no more.
     Sink,
+}
+
+impl Source {
+    fn ended(last: Option<Result<Bytes, BodyError>>) -> Self {
+        match last {
+            Some(Err(error)) => Source::Broken(error),
+            Some(Ok(_)) | None => Source::Drained,
+        }
+    }
 }
 
 impl From<Gone> for PumpError {
@@ -132,7 +154,7 @@ impl Pump {
             from,
             to,
             held: None,
-            data_ended: false,
+            source: Source::Flowing,
         }
     }
 
@@ -147,7 +169,10 @@ impl Pump {
     ) -> Poll<Result<(), PumpError>> {
         loop {
             if let Some(chunk) = &mut self.held {
-                let last = self.from.is_end_stream();
+                let last = match self.source {
+                    Source::Flowing | Source::Drained => self.from.is_end_stream(),
+                    Source::Broken(_) => false,
+                };
                 ready!(self.to.poll_send(cx, chunk, last))?;
                 self.held = None;
                 if last {
@@ -155,18 +180,18 @@ impl Pump {
                     return Poll::Ready(Ok(()));
                 }
             }
-            if !self.data_ended {
-                match ready!(self.from.poll_data(cx)) {
-                    // An empty frame says nothing, unless it is the last.
-                    Some(Ok(chunk)) if chunk.is_empty() && !self.from.is_end_stream() => {}
-                    Some(Ok(chunk)) => {
+            match std::mem::replace(&mut self.source, Source::Flowing) {
+                Source::Flowing => {
+                    let chunk = ready!(self.poll_gather(cx));
+                    // An empty frame says nothing.
+                    if !chunk.is_empty() {
                         witness.data(&chunk);
                         self.held = Some(chunk);
                     }
-                    Some(Err(error)) => return Poll::Ready(Err(PumpError::Source(error))),
-                    None => self.data_ended = true,
+                    continue;
                 }
-                continue;
+                Source::Broken(error) => return Poll::Ready(Err(PumpError::Source(error))),
+                Source::Drained => self.source = Source::Drained,
             }
             let trailers = ready!(self.from.poll_trailers(cx)).map_err(PumpError::Source)?;
             witness.end(trailers.as_ref());
@@ -176,6 +201,39 @@ impl Pump {
             }
             return Poll::Ready(Ok(()));
         }
+    }
+
+    /// The next chunk, with those small ones behind it that are there already. Empty if there is
+    /// none; `source` says why.
+    fn poll_gather(&mut self, cx: &mut Context<'_>) -> Poll<Bytes> {
+        let first = match ready!(self.from.poll_data(cx)) {
+            Some(Ok(chunk)) if chunk.len() < SMALL_CHUNK => chunk,
+            Some(Ok(chunk)) => return Poll::Ready(chunk),
+            ended => {
+                self.source = Source::ended(ended);
+                return Poll::Ready(Bytes::new());
+            }
+        };
+        let mut gathered = BytesMut::new();
+        while gathered.len() < GATHERED {
+            match self.from.poll_data(cx) {
+                Poll::Ready(Some(Ok(chunk))) => {
+                    if gathered.is_empty() {
+                        gathered.extend_from_slice(&first);
+                    }
+                    gathered.extend_from_slice(&chunk);
+                }
+                Poll::Ready(ended) => {
+                    self.source = Source::ended(ended);
+                    break;
+                }
+                Poll::Pending => break,
+            }
+        }
+        Poll::Ready(match gathered.is_empty() {
+            true => first,
+            false => gathered.freeze(),
+        })
     }
 
     /// Ready when the receiver has gone.

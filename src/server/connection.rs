@@ -11,7 +11,7 @@ use tokio::sync::watch;
 
 use super::authority::AuthorityRewrite;
 use crate::http2::{
-    CLIENT_WINDOW, DATA_FRAME_BUDGET, HANDSHAKE_TIMEOUT, MAX_FRAME_SIZE, MAX_HEADER_LIST_SIZE,
+    CLIENT_HEADER_LIST, CLIENT_WINDOW, DATA_FRAME_BUDGET, HANDSHAKE_TIMEOUT, MAX_FRAME_SIZE,
     SEND_BUFFER, STREAM_WINDOW,
 };
 use crate::proxy::{Client, Proxy, Reply};
@@ -46,7 +46,7 @@ where
         .initial_window_size(STREAM_WINDOW)
         .initial_connection_window_size(CLIENT_WINDOW)
         .max_frame_size(MAX_FRAME_SIZE)
-        .max_header_list_size(MAX_HEADER_LIST_SIZE)
+        .max_header_list_size(CLIENT_HEADER_LIST)
         .max_send_buffer_size(SEND_BUFFER)
         .max_concurrent_streams(max_streams)
         .max_pending_accept_reset_streams(MAX_PENDING_RESETS)

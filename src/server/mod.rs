@@ -135,7 +135,7 @@ pub async fn run(config: Config, shutdown: impl Future<Output = ()>) -> Result<(
     tasks.close();
     tasks.wait().await;
     if let Some(shards) = Arc::into_inner(shards) {
-        task::blocking("drain", move || shards.shut_down()).await;
+        shards.shut_down().await;
     }
     if let Some(engine) = engine {
         engine.finish().await;

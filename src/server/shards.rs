@@ -6,7 +6,6 @@ use std::io;
 use std::num::NonZero;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::thread::JoinHandle;
 use std::time::Duration;
 
 use tokio::sync::{mpsc, watch};
@@ -30,12 +29,20 @@ pub struct Shards {
 struct Shard {
     connections: mpsc::Sender<Accepted>,
     open: Arc<AtomicUsize>,
-    thread: JoinHandle<()>,
+    runs: Runs,
+}
+
+/// Where a shard runs.
+enum Runs {
+    /// On the thread that accepts connections: the first shard, to which a lone connection goes
+    /// without waking another thread.
+    Here(tokio::task::JoinHandle<Option<()>>),
+    Thread(std::thread::JoinHandle<()>),
 }
 
 impl Shards {
-    /// Starts one shard for each core, with a proxy each. After a shutdown they drain for at most
-    /// `grace`.
+    /// Starts one shard for each core, with a proxy each, the first of them on the current runtime.
+    /// After a shutdown they drain for at most `grace`.
     ///
     /// # Errors
     /// When the system refuses a thread.
@@ -53,16 +60,22 @@ impl Shards {
                     shutdown: shutdown.subscribe(),
                     grace,
                 };
-                let runtime = tokio::runtime::Builder::new_current_thread()
-                    .enable_all()
-                    .build()?;
-                let thread = std::thread::Builder::new()
-                    .name(format!("proxy-{index}"))
-                    .spawn(move || runtime.block_on(worker.run(accepted)))?;
+                let runs = match index {
+                    0 => Runs::Here(task::spawn("proxy-0", worker.run(accepted))),
+                    _ => {
+                        let runtime = tokio::runtime::Builder::new_current_thread()
+                            .enable_all()
+                            .build()?;
+                        let thread = std::thread::Builder::new()
+                            .name(format!("proxy-{index}"))
+                            .spawn(move || runtime.block_on(worker.run(accepted)))?;
+                        Runs::Thread(thread)
+                    }
+                };
                 Ok(Shard {
                     connections,
                     open,
-                    thread,
+                    runs,
                 })
             })
             .collect::<io::Result<_>>()?;
@@ -82,12 +95,18 @@ impl Shards {
         })
     }
 
-    /// Lets calls in progress end, for at most the grace period, and stops. Blocks.
-    pub fn shut_down(self) {
+    /// Lets calls in progress end, for at most the grace period, and stops.
+    pub async fn shut_down(self) {
         self.shutdown.send_replace(true);
         for shard in self.shards {
             drop(shard.connections);
-            if shard.thread.join().is_err() {
+            let ended = match shard.runs {
+                Runs::Here(task) => task.await.is_ok_and(|ended| ended.is_some()),
+                Runs::Thread(thread) => {
+                    task::blocking("drain", move || thread.join().is_ok()).await == Some(true)
+                }
+            };
+            if !ended {
                 tracing::error!("a proxy thread panicked");
             }
         }

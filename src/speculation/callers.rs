@@ -4,6 +4,9 @@
 use std::collections::HashMap;
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use http::HeaderValue;
 
 use super::observation::CallOrigin;
 use super::parent::ParentIdentity;
@@ -152,6 +155,38 @@ pub struct Callers {
     /// Clients of open builds on this machine. One that is gone by the time that its call is
     /// looked at belongs where others of its invocation did.
     by_invocation: HashMap<String, Caller>,
+    latest: Option<Latest>,
+}
+
+/// Who was identified last: some clients open one connection after the other.
+struct Latest {
+    pid: i32,
+    metadata: Option<HeaderValue>,
+    identified: Instant,
+    caller: Caller,
+}
+
+/// For how long a process id is surely the same process's.
+const SAME_PROCESS: Duration = Duration::from_millis(100);
+
+impl Latest {
+    fn new(origin: &CallOrigin, caller: &Caller) -> Option<Self> {
+        let PeerOrigin::Local { pid: Some(pid), .. } = origin.peer.origin() else {
+            return None;
+        };
+        Some(Latest {
+            pid,
+            metadata: origin.metadata.clone(),
+            identified: Instant::now(),
+            caller: caller.clone(),
+        })
+    }
+
+    fn is_of(&self, origin: &CallOrigin) -> bool {
+        matches!(origin.peer.origin(), PeerOrigin::Local { pid: Some(pid), .. } if pid == self.pid)
+            && self.metadata == origin.metadata
+            && self.identified.elapsed() < SAME_PROCESS
+    }
 }
 
 impl Callers {
@@ -162,6 +197,7 @@ impl Callers {
             host: host.nodename().to_string_lossy().into_owned(),
             by_connection: HashMap::new(),
             by_invocation: HashMap::new(),
+            latest: None,
         }
     }
 
@@ -182,7 +218,13 @@ impl Callers {
             return caller.clone();
         }
         // New; or its build has ended, and its process id may be another's by now.
-        let mut caller = Caller::identify(&origin.peer, metadata, &self.host);
+        let mut caller = match &self.latest {
+            Some(latest) if latest.is_of(origin) && is_open(&latest.caller.key) => {
+                latest.caller.clone()
+            }
+            _ => Caller::identify(&origin.peer, metadata, &self.host),
+        };
+        self.latest = Latest::new(origin, &caller);
         if let Some(id) = &invocation
             && origin.peer.is_on_this_machine()
         {

@@ -8,7 +8,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
-use tokio::sync::{Semaphore, mpsc, oneshot};
+use tokio::sync::{Notify, Semaphore, mpsc, oneshot};
 
 use super::activity::Activities;
 pub use super::builds::BuildStatus;
@@ -36,6 +36,11 @@ use crate::workspace::process::Process;
 
 /// Observations that may wait; more are dropped and counted.
 const OBSERVATIONS: usize = 16 * 1024;
+/// How many are taken in at once.
+const BATCH: usize = 1024;
+/// How long the engine rests after it has taken in what there was: to wake it for each call would
+/// cost the call itself some microseconds.
+const REST: Duration = Duration::from_millis(1);
 /// Builds that `primed status` still knows after they have ended.
 const REMEMBERED_BUILDS: usize = 100;
 /// Subactions of one build that are kept for recording.
@@ -81,6 +86,8 @@ pub struct EngineParts {
 /// The receiving end of an `Engine`, to be run by one task.
 pub struct Runner {
     observations: mpsc::Receiver<Observation>,
+    /// Ends a rest.
+    urgent: Arc<Notify>,
     requests: mpsc::Receiver<Request>,
     state: State,
     primed: mpsc::Receiver<u64>,
@@ -136,9 +143,11 @@ pub fn engine(parts: EngineParts) -> (Engine, mpsc::Sender<Request>, Runner) {
         flights: parts.flights,
         dropped: dropped.clone(),
         memory: Arc::new(Semaphore::new(TAP_MEMORY_KIB)),
+        urgent: Arc::default(),
     };
     let runner = Runner {
         observations,
+        urgent: engine.urgent.clone(),
         requests,
         primed: primings,
         recorded,
@@ -192,7 +201,7 @@ impl Runner {
             tokio::select! {
                 biased;
                 observation = self.observations.recv() => match observation {
-                    Some(observation) => guarded(|| self.state.observe(observation)),
+                    Some(observation) => self.observe_batch(observation).await,
                     None => return,
                 },
                 Some(build) = self.primed.recv() => guarded(|| self.state.count_primed(build)),
@@ -210,6 +219,25 @@ impl Runner {
                 guarded(|| self.state.answer_waiting());
                 guarded(|| self.state.report_dropped());
             }
+        }
+    }
+}
+
+impl Runner {
+    /// Takes in what has been observed, and rests.
+    async fn observe_batch(&mut self, first: Observation) {
+        let mut next = Some(first);
+        for _ in 0..BATCH {
+            let Some(observation) = next else { break };
+            guarded(|| self.state.observe(observation));
+            next = self.observations.try_recv().ok();
+        }
+        if let Some(observation) = next {
+            return guarded(|| self.state.observe(observation));
+        }
+        tokio::select! {
+            () = self.urgent.notified() => {}
+            () = tokio::time::sleep(REST) => {}
         }
     }
 }

@@ -28,7 +28,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Instant;
 
-use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot};
+use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore, mpsc, oneshot};
 
 use flights::{FlightKey, Flights};
 use observation::{CallOrigin, Observation};
@@ -42,6 +42,8 @@ pub struct Engine {
     dropped: Arc<AtomicU64>,
     /// What taps may still hold, in KiB.
     memory: Arc<Semaphore>,
+    /// Ends the engine's rest.
+    urgent: Arc<Notify>,
 }
 
 /// How much of clients' answers taps and the engine's queue hold in all, in KiB.
@@ -56,8 +58,11 @@ impl Engine {
     /// Tells the engine what a tap saw. If the engine is too far behind, the observation is
     /// dropped and counted.
     pub fn observe(&self, observation: Observation) {
+        let urgent = observation.is_urgent();
         if self.observations.try_send(observation).is_err() {
             self.count_dropped();
+        } else if urgent {
+            self.urgent.notify_one();
         }
     }
 
@@ -81,6 +86,7 @@ impl Engine {
             self.count_dropped();
             return;
         }
+        self.urgent.notify_one();
         // An engine that is gone drops `reply`, and that answers the question too.
         let _ = tokio::time::timeout_at(deadline.into(), answered).await;
     }
@@ -101,6 +107,7 @@ mod tests {
             flights: Flights::new(1),
             dropped: Arc::default(),
             memory: Arc::new(Semaphore::new(2)),
+            urgent: Arc::default(),
         };
         (engine, unread)
     }

@@ -7,6 +7,7 @@ mod certificates;
 mod cli;
 mod client;
 mod client_faults;
+mod clients;
 mod conformance;
 mod examples;
 mod frames;
