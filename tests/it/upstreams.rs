@@ -347,14 +347,14 @@ fn each_service_goes_to_its_own_upstream() {
     let address = |name: &str| servers[name].address();
     let primed = Primed::start_with(
         scratch.path(),
-        &address("rest"),
+        address("rest"),
         &[
             "--execution-upstream",
-            &address("execution"),
+            address("execution"),
             "--action-cache-upstream",
-            &address("cache"),
+            address("cache"),
             "--cas-upstream",
-            &address("cas"),
+            address("cas"),
         ],
     );
     let mut session = Session::start(Grpcio::New, &primed.address());
