@@ -22,8 +22,8 @@ const MAX_SECONDS: Duration = Duration::from_secs(86_400);
 /// Forward calls from build clients to a backend, and prime its action cache.
 #[derive(Debug, Args)]
 pub struct Arguments {
-    /// Backend that calls are forwarded to: unix:PATH, unix-abstract:NAME, grpcs://HOST[:PORT] or
-    /// https://HOST[:PORT] with TLS, grpc://HOST:PORT, http://HOST:PORT or HOST:PORT without.
+    /// Backend that calls are forwarded to: unix:PATH, unix-abstract:NAME, grpcs://HOST:PORT or
+    /// https://HOST:PORT with TLS (443 if no port), grpc://HOST:PORT, http://HOST:PORT or HOST:PORT without.
     #[arg(long, env = "PRIMED_UPSTREAM", value_name = "ADDR")]
     upstream: Address,
     #[command(flatten)]

@@ -21,10 +21,12 @@ use serde_json::{Value, json};
 use crate::backend::FakeBackend;
 use crate::client::{Build, Recipe, Way, connect};
 use crate::grpcio::{AnyServer, Grpcio, Session, hex};
-use crate::project::{Project, UNITS};
+use crate::project::Project;
 use crate::support::{Casd, Counts, Primed, scratch, wait_until};
 
 const ECHO: &str = "/some.Service/Echo";
+/// Translation units of a C project.
+const SOME: usize = 8;
 
 /// A server without a schema, and primed before it.
 struct Stage {
@@ -259,13 +261,14 @@ fn recc_builds_and_is_primed_on_an_instance_that_casd_calls_otherwise() {
     let casd = Casd::start_with(scratch.path(), 4, &["--local-server-instance=main"]);
     let arguments = ["--map-instance", "dev=main,=main"];
     let primed = Primed::start_with(scratch.path(), &casd.address(), &arguments);
-    let project = Project::create(scratch.path(), &primed.address()).with("RECC_INSTANCE", "dev");
+    let project =
+        Project::of_units(scratch.path(), &primed.address(), SOME).with("RECC_INSTANCE", "dev");
     let counts = || {
         primed.wait();
         Counts::newest(&primed.status())
     };
     project.build();
-    assert_eq!(counts().missed, UNITS as u64 + 2);
+    assert_eq!(counts().missed, SOME as u64 + 2);
     project.write("include/common.h", "#define COMMON 2\n");
     project.build();
     let primed_build = counts();
@@ -397,7 +400,7 @@ fn recc_builds_and_is_primed_where_the_cas_is_another_casd() {
         &executing.address(),
         &["--cas-upstream", &storing.address()],
     );
-    let project = Project::create(scratch.path(), &primed.address());
+    let project = Project::of_units(scratch.path(), &primed.address(), SOME);
     project.build();
     primed.wait();
     project.write("include/common.h", "#define COMMON 2\n");
@@ -407,6 +410,16 @@ fn recc_builds_and_is_primed_where_the_cas_is_another_casd() {
     let log = primed.daemon.log();
     assert_eq!(counts.missed, 0, "{counts:?}\n{log}");
     assert!(counts.hit + counts.joined > 0, "{counts:?}");
-    let stored = std::fs::read_dir(scratch.path().join("cas/casd/cas/objects")).unwrap();
-    assert!(stored.count() > 0, "the other casd saw the blobs");
+    let stored = files(&scratch.path().join("cas/casd/cas/objects"));
+    assert!(stored > SOME, "{stored} blobs passed the other casd");
+}
+
+/// How many files there are below `directory`.
+fn files(directory: &Path) -> usize {
+    let entries = std::fs::read_dir(directory).unwrap();
+    let below = entries.map(|entry| match entry.unwrap().path() {
+        path if path.is_dir() => files(&path),
+        _ => 1,
+    });
+    below.sum()
 }
