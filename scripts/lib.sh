@@ -64,7 +64,7 @@ build_peers() {
     say "building the load generator"
     peers=$(cargo bench --quiet --locked --no-run --bench proxy --manifest-path "$repo/Cargo.toml" \
         --target-dir "$repo/target" --message-format=json-render-diagnostics |
-        sed -n 's/.*"executable":"\([^"]*\)".*/\1/p' | tail -n 1)
+        sed -n '/"kind":\["bench"\]/s/.*"executable":"\([^"]*\)".*/\1/p')
     [[ -x $peers ]] || die "cargo built no load generator."
 }
 
