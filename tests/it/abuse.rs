@@ -362,12 +362,10 @@ async fn headers_that_the_upstream_refuses_cost_their_own_call_alone() {
             "metadata": [["x", "y".repeat(20_000)]],
         }));
         let refused = session.ended();
-        // It takes the first call on a connection, whose settings it has not told yet.
-        let refused_or_first = ["RESOURCE_EXHAUSTED", "OK"];
-        assert!(
-            refused_or_first.contains(&refused.code.as_str()),
-            "{refused:?}"
-        );
+        // It takes the first call on a connection, whose settings it has not told yet. The end of
+        // the connection may overtake its answer.
+        let possible = ["RESOURCE_EXHAUSTED", "UNAVAILABLE", "OK"];
+        assert!(possible.contains(&refused.code.as_str()), "{refused:?}");
         ground.is_well().await;
     }
 }
