@@ -14,7 +14,7 @@ use http_body_util::BodyExt as _;
 /// Why a body ended before its end.
 pub type BodyError = Box<dyn std::error::Error + Send + Sync>;
 
-/// A body that primed's own stubs produce.
+/// A body that primed produces: its own stubs', or one that is rewritten on its way.
 type Made = Pin<Box<dyn http_body::Body<Data = Bytes, Error = BodyError> + Send>>;
 
 /// A body on its way through primed. It may have been read from already: what was read is kept
@@ -38,7 +38,7 @@ impl Body {
         Body::of(Rest::Stream(stream))
     }
 
-    /// What one of primed's own stubs sends.
+    /// What primed itself produces.
     pub fn made<B>(body: B) -> Self
     where
         B: http_body::Body<Data = Bytes> + Send + 'static,

@@ -5,6 +5,7 @@
 //! they came.
 
 pub mod body;
+pub mod gathered;
 pub mod pump;
 
 use std::time::Duration;

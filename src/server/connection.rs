@@ -10,6 +10,8 @@ use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::sync::watch;
 
 use super::authority::AuthorityRewrite;
+use super::shards::stopped;
+use crate::http2::gathered::Gathered;
 use crate::http2::{
     CLIENT_HEADER_LIST, CLIENT_WINDOW, DATA_FRAME_BUDGET, HANDSHAKE_TIMEOUT, MAX_FRAME_SIZE,
     SEND_BUFFER, STREAM_WINDOW,
@@ -37,10 +39,7 @@ where
     S: AsyncRead + AsyncWrite + Unpin,
 {
     let client = Client::new(peer);
-    // Waits until the shards are told to stop, or nobody is left to tell them.
-    let stopping = async {
-        let _ = shutdown.wait_for(|stop| *stop).await;
-    };
+    let stopping = stopped(&mut shutdown);
     tokio::pin!(stopping);
     let handshake = Builder::new()
         .initial_window_size(STREAM_WINDOW)
@@ -52,7 +51,7 @@ where
         .max_pending_accept_reset_streams(MAX_PENDING_RESETS)
         .max_local_error_reset_streams(Some(MAX_PENDING_RESETS))
         .data_frame_budget(DATA_FRAME_BUDGET)
-        .handshake::<_, Bytes>(AuthorityRewrite::new(stream));
+        .handshake::<_, Bytes>(AuthorityRewrite::new(Gathered::new(stream)));
     let mut connection = tokio::select! {
         opened = tokio::time::timeout(HANDSHAKE_TIMEOUT, handshake) => match opened {
             Ok(Ok(connection)) => connection,

@@ -79,7 +79,7 @@ enum Socket {
     Tcp(TcpListener),
 }
 
-/// A client that has been let in, on its way to the runtime that will serve it.
+/// A client that has been let in.
 pub struct Accepted {
     socket: AcceptedSocket,
     origin: PeerOrigin,
@@ -88,8 +88,12 @@ pub struct Accepted {
 }
 
 enum AcceptedSocket {
-    Unix(std_unix::UnixStream),
-    Tcp(std::net::TcpStream),
+    /// Known to the current runtime.
+    Unix(UnixStream),
+    Tcp(TcpStream),
+    /// On its way to another runtime.
+    DetachedUnix(std_unix::UnixStream),
+    DetachedTcp(std::net::TcpStream),
 }
 
 impl Accepted {
@@ -98,22 +102,54 @@ impl Accepted {
         self.origin
     }
 
-    /// Registers it with the current runtime and does the TLS handshake there, if there is one.
-    /// Until the stream is dropped it counts as one of `--max-connections`.
+    /// Makes it ready for another runtime than the one that accepted it.
+    ///
+    /// # Errors
+    /// What the system said.
+    pub fn detach(self) -> io::Result<Self> {
+        let socket = match self.socket {
+            AcceptedSocket::Unix(socket) => AcceptedSocket::DetachedUnix(socket.into_std()?),
+            AcceptedSocket::Tcp(socket) => AcceptedSocket::DetachedTcp(socket.into_std()?),
+            detached => detached,
+        };
+        Ok(Accepted { socket, ..self })
+    }
+
+    /// Registers it with the current runtime, if it is detached, and does the TLS handshake, if
+    /// there is one. Until the stream is dropped it counts as one of `--max-connections`.
     ///
     /// # Errors
     /// What the system or TLS said; `TimedOut` for a handshake of more than ten seconds.
     pub async fn into_stream(self) -> io::Result<Stream> {
-        let transport = match (self.socket, self.tls) {
-            (AcceptedSocket::Unix(socket), _) => Transport::Unix(UnixStream::from_std(socket)?),
-            (AcceptedSocket::Tcp(socket), None) => Transport::Tcp(TcpStream::from_std(socket)?),
-            (AcceptedSocket::Tcp(socket), Some(tls)) => {
-                let stream = tls.accept(TcpStream::from_std(socket)?).await?;
-                Transport::Tls(Box::new(stream.into()))
+        let transport = match self.socket {
+            AcceptedSocket::Unix(socket) => Transport::Unix(socket),
+            AcceptedSocket::Tcp(socket) => tcp(socket, self.tls).await?,
+            AcceptedSocket::DetachedUnix(socket) => {
+                let socket = UnixStream::from_std(socket)?;
+                until_known().await;
+                Transport::Unix(socket)
+            }
+            AcceptedSocket::DetachedTcp(socket) => {
+                let socket = TcpStream::from_std(socket)?;
+                until_known().await;
+                tcp(socket, self.tls).await?
             }
         };
         Ok(Stream::with_place(transport, self.place))
     }
+}
+
+/// Lets the runtime learn what a client has sent already. To read that before a clock is set for
+/// the handshake is cheaper than to set the clock.
+async fn until_known() {
+    tokio::task::yield_now().await;
+}
+
+async fn tcp(socket: TcpStream, tls: Option<Arc<ServerTls>>) -> io::Result<Transport> {
+    Ok(match tls {
+        None => Transport::Tcp(socket),
+        Some(tls) => Transport::Tls(Box::new(tls.accept(socket).await?.into())),
+    })
 }
 
 impl Listener {
@@ -234,7 +270,7 @@ impl Listener {
                         pid: credentials.pid(),
                         uid: credentials.uid(),
                     };
-                    (AcceptedSocket::Unix(stream.into_std()?), origin)
+                    (AcceptedSocket::Unix(stream), origin)
                 }
                 Socket::Tcp(listener) => {
                     let (stream, address) = listener.accept().await?;
@@ -244,7 +280,7 @@ impl Listener {
                         tracing::debug!(client = %origin, %error, "a client was lost");
                         continue;
                     }
-                    (AcceptedSocket::Tcp(stream.into_std()?), origin)
+                    (AcceptedSocket::Tcp(stream), origin)
                 }
             };
             if self.admission.admits(&origin) {

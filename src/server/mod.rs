@@ -190,10 +190,11 @@ async fn bind(config: &Config) -> Result<Vec<Listener>, ServerError> {
 
 async fn accept(listener: Listener, shards: Arc<Shards>) {
     loop {
-        let served = match listener.accept().await {
-            Ok(accepted) => shards.serve(accepted),
-            Err(error) => Err(error),
-        };
+        let accepted = listener.accept().await;
+        // A client that opens one connection after the other has closed the last one by now: seen
+        // in that order, they go to the same shard. And what it has sent is known then.
+        tokio::task::yield_now().await;
+        let served = accepted.and_then(|accepted| shards.serve(accepted));
         if let Err(error) = served {
             tracing::warn!(address = %listener.address(), %error, "a connection was refused");
             tokio::time::sleep(ACCEPT_PAUSE).await;

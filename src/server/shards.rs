@@ -20,6 +20,7 @@ use crate::workspace::peer::Peer;
 
 /// Connections that may wait for a shard to pick them up.
 const BACKLOG: usize = 1024;
+
 /// All shards of one server.
 pub struct Shards {
     shards: Vec<Shard>,
@@ -83,10 +84,17 @@ impl Shards {
     }
 
     /// Gives a connection to the shard with the fewest.
+    ///
+    /// # Errors
+    /// When too many wait there already, or what the system said.
     pub fn serve(&self, accepted: Accepted) -> io::Result<()> {
         let least = |shard: &&Shard| shard.open.load(Ordering::Relaxed);
         let Some(shard) = self.shards.iter().min_by_key(least) else {
             return Ok(());
+        };
+        let accepted = match shard.runs {
+            Runs::Here(_) => accepted,
+            Runs::Thread(_) => accepted.detach()?,
         };
         shard.open.fetch_add(1, Ordering::Relaxed);
         shard.connections.try_send(accepted).map_err(|_| {
@@ -174,6 +182,6 @@ impl Worker {
 }
 
 /// Waits until the shards are told to stop, or nobody is left to tell them.
-async fn stopped(shutdown: &mut watch::Receiver<bool>) {
+pub async fn stopped(shutdown: &mut watch::Receiver<bool>) {
     let _ = shutdown.wait_for(|stop| *stop).await;
 }

@@ -4,6 +4,7 @@
 use std::collections::hash_map::Entry;
 use std::collections::{HashMap, VecDeque};
 use std::panic::AssertUnwindSafe;
+use std::pin::pin;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
@@ -144,6 +145,7 @@ pub fn engine(parts: EngineParts) -> (Engine, mpsc::Sender<Request>, Runner) {
         dropped: dropped.clone(),
         memory: Arc::new(Semaphore::new(TAP_MEMORY_KIB)),
         urgent: Arc::default(),
+        latest_process: Arc::default(),
     };
     let runner = Runner {
         observations,
@@ -226,14 +228,14 @@ impl Runner {
 impl Runner {
     /// Takes in what has been observed, and rests.
     async fn observe_batch(&mut self, first: Observation) {
-        let mut next = Some(first);
-        for _ in 0..BATCH {
-            let Some(observation) = next else { break };
-            guarded(|| self.state.observe(observation));
-            next = self.observations.try_recv().ok();
-        }
-        if let Some(observation) = next {
-            return guarded(|| self.state.observe(observation));
+        // A call to hurry that has been heard; what it was for is in the queue.
+        pin!(self.urgent.notified()).enable();
+        guarded(|| self.state.observe(first));
+        for _ in 1..BATCH {
+            let Ok(next) = self.observations.try_recv() else {
+                break;
+            };
+            guarded(|| self.state.observe(next));
         }
         tokio::select! {
             () = self.urgent.notified() => {}

@@ -25,13 +25,15 @@ pub mod store;
 mod workshop;
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicI32, AtomicU64, Ordering};
 use std::time::Instant;
 
 use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore, mpsc, oneshot};
 
 use flights::{FlightKey, Flights};
 use observation::{CallOrigin, Observation};
+
+use crate::workspace::peer::PeerOrigin;
 
 /// The proxy's handle on the engine. All its methods return at once or wait for a bounded time,
 /// whatever state the engine is in.
@@ -44,6 +46,8 @@ pub struct Engine {
     memory: Arc<Semaphore>,
     /// Ends the engine's rest.
     urgent: Arc<Notify>,
+    /// The local process whose first call on a connection was the last to be seen; 0 before that.
+    latest_process: Arc<AtomicI32>,
 }
 
 /// How much of clients' answers taps and the engine's queue hold in all, in KiB.
@@ -58,7 +62,29 @@ impl Engine {
     /// Tells the engine what a tap saw. If the engine is too far behind, the observation is
     /// dropped and counted.
     pub fn observe(&self, observation: Observation) {
-        let urgent = observation.is_urgent();
+        let urgent = self.is_urgent(&observation);
+        self.tell(observation, urgent);
+    }
+
+    /// Whether the engine should look at it at once: somebody waits for it, or who called may be
+    /// gone in a moment. A process that opens one connection after the other is known.
+    fn is_urgent(&self, observation: &Observation) -> bool {
+        match observation {
+            Observation::FirstCall(origin) => match origin.peer.origin() {
+                PeerOrigin::Local { pid: Some(pid), .. } => {
+                    self.latest_process.swap(pid, Ordering::Relaxed) != pid
+                }
+                PeerOrigin::Local { pid: None, .. } | PeerOrigin::Tcp(_) => true,
+            },
+            Observation::Question { .. } => true,
+            Observation::Lookup(_) | Observation::Execution(_) | Observation::Disconnected(_) => {
+                false
+            }
+        }
+    }
+
+    /// Puts an observation into the engine's queue. One that there is no room for is dropped.
+    fn tell(&self, observation: Observation, urgent: bool) {
         if self.observations.try_send(observation).is_err() {
             self.count_dropped();
         } else if urgent {
@@ -81,13 +107,8 @@ impl Engine {
     /// `deadline`. Then `Flights` knows.
     pub async fn ask(&self, origin: CallOrigin, key: FlightKey, deadline: Instant) {
         let (reply, answered) = oneshot::channel();
-        let question = Observation::Question { origin, key, reply };
-        if self.observations.try_send(question).is_err() {
-            self.count_dropped();
-            return;
-        }
-        self.urgent.notify_one();
-        // An engine that is gone drops `reply`, and that answers the question too.
+        self.observe(Observation::Question { origin, key, reply });
+        // One that was dropped, or an engine that is gone, drops `reply`: an answer too.
         let _ = tokio::time::timeout_at(deadline.into(), answered).await;
     }
 }
@@ -108,6 +129,7 @@ mod tests {
             dropped: Arc::default(),
             memory: Arc::new(Semaphore::new(2)),
             urgent: Arc::default(),
+            latest_process: Arc::default(),
         };
         (engine, unread)
     }

@@ -56,19 +56,6 @@ pub enum Observation {
     Disconnected(u64),
 }
 
-impl Observation {
-    /// Whether the engine should look at it at once: somebody waits for it, or who called may be
-    /// gone in a moment.
-    pub fn is_urgent(&self) -> bool {
-        match self {
-            Observation::FirstCall(_) | Observation::Question { .. } => true,
-            Observation::Lookup(_) | Observation::Execution(_) | Observation::Disconnected(_) => {
-                false
-            }
-        }
-    }
-}
-
 /// A call about one action, with its answer.
 #[derive(Debug)]
 pub struct Call {
