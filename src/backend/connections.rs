@@ -12,11 +12,12 @@ use http::HeaderMap;
 use parking_lot::Mutex;
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::time::Instant;
+use tokio_util::io::InspectReader;
 
 use super::dial::Dialer;
 use super::exchange::Connection;
 use super::health::UpstreamHealth;
-use super::keep_alive::{Counted, Received, until_dead};
+use super::keep_alive::{Received, until_dead};
 use crate::address::Address;
 use crate::http2::{
     DATA_FRAME_BUDGET, HANDSHAKE_TIMEOUT, MAX_FRAME_SIZE, SEND_BUFFER, STREAM_WINDOW,
@@ -186,7 +187,8 @@ impl Connections {
 
     async fn open(&self) -> io::Result<Connection> {
         let received = Received::default();
-        let stream = Counted::new(self.dialer.dial().await?, received.clone());
+        let counted = received.clone();
+        let stream = InspectReader::new(self.dialer.dial().await?, move |read| counted.count(read));
         let (calls, mut connection) = Builder::new()
             .initial_window_size(STREAM_WINDOW)
             .initial_connection_window_size(UPSTREAM_WINDOW)

@@ -1,5 +1,5 @@
 //! Which backend a call goes to: some clusters serve execution, action cache and CAS at addresses
-//! of their own. Forwarded calls choose by their path; primed's own calls by what they are.
+//! of their own. The path of a call decides, whoever makes it.
 
 use crate::address::Address;
 use crate::config::upstream::UpstreamConfig;
@@ -73,16 +73,17 @@ impl Endpoints {
     pub fn index(&self, endpoint: Endpoint) -> usize {
         self.places[endpoint as usize]
     }
-
-    /// The address of `endpoint`.
-    pub fn address(&self, endpoint: Endpoint) -> &Address {
-        &self.addresses[self.index(endpoint)]
-    }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    impl Endpoints {
+        fn address(&self, endpoint: Endpoint) -> &Address {
+            &self.addresses[self.index(endpoint)]
+        }
+    }
 
     #[test]
     fn a_path_names_its_endpoint_by_its_whole_service() {

@@ -1,7 +1,6 @@
 //! Instance names: what the upstream calls the instances that clients ask for.
 //!
-//! Forwarded requests are changed by an `InstanceRewriter`; primed's own calls ask
-//! `upstream_name`. Answers hold no instance names, and operation names are the upstream's own.
+//! An `InstanceRewriter` changes the requests, those of primed's own among them. Answers hold no instance names, and operation names are the upstream's own.
 
 use std::collections::HashMap;
 

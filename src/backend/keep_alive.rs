@@ -6,15 +6,11 @@
 //! then none for longer than that. (grpcio 1.51 and 1.85: measured.)
 
 use std::future::poll_fn;
-use std::io::{self, IoSlice};
-use std::pin::Pin;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::task::{Context, Poll};
 use std::time::Duration;
 
 use h2::{Ping, PingPong};
-use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
 /// From one PING to the next, while the upstream sends nothing but PONGs.
 const BETWEEN_PINGS: Duration = Duration::from_secs(310);
@@ -28,13 +24,19 @@ const PONG: u64 = 17;
 pub struct Received(Arc<AtomicU64>);
 
 impl Received {
+    /// Counts what has been read.
+    pub fn count(&self, bytes: &[u8]) {
+        self.0.fetch_add(bytes.len() as u64, Ordering::Relaxed);
+    }
+
     fn bytes(&self) -> u64 {
         self.0.load(Ordering::Relaxed)
     }
 }
 
 /// Watches one connection, of whose mark each open call holds a clone. Returns when the connection
-/// must be given up: calls are open, nothing came for `patience`, and nothing again in as long a time after a PING.
+/// must be given up: calls are open, nothing came for `patience`, and nothing again in as long a
+/// time after a PING.
 pub async fn until_dead(
     calls: Arc<()>,
     mut ping_pong: PingPong,
@@ -67,63 +69,5 @@ pub async fn until_dead(
             next_ping = tokio::time::Instant::now() + BETWEEN_PINGS;
         }
         heard = now;
-    }
-}
-
-/// A connection whose incoming bytes are counted.
-pub struct Counted<S> {
-    io: S,
-    received: Received,
-}
-
-impl<S> Counted<S> {
-    /// Counts what is read from `io` in `received`.
-    pub fn new(io: S, received: Received) -> Self {
-        Counted { io, received }
-    }
-}
-
-impl<S: AsyncRead + Unpin> AsyncRead for Counted<S> {
-    fn poll_read(
-        self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-        buf: &mut ReadBuf<'_>,
-    ) -> Poll<io::Result<()>> {
-        let this = self.get_mut();
-        let before = buf.filled().len();
-        let polled = Pin::new(&mut this.io).poll_read(cx, buf);
-        let read = buf.filled().len().saturating_sub(before);
-        this.received.0.fetch_add(read as u64, Ordering::Relaxed);
-        polled
-    }
-}
-
-impl<S: AsyncWrite + Unpin> AsyncWrite for Counted<S> {
-    fn poll_write(
-        mut self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-        buf: &[u8],
-    ) -> Poll<io::Result<usize>> {
-        Pin::new(&mut self.io).poll_write(cx, buf)
-    }
-
-    fn poll_write_vectored(
-        mut self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-        bufs: &[IoSlice<'_>],
-    ) -> Poll<io::Result<usize>> {
-        Pin::new(&mut self.io).poll_write_vectored(cx, bufs)
-    }
-
-    fn is_write_vectored(&self) -> bool {
-        self.io.is_write_vectored()
-    }
-
-    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.io).poll_flush(cx)
-    }
-
-    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.io).poll_shutdown(cx)
     }
 }

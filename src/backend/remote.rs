@@ -13,6 +13,7 @@ use http::uri::PathAndQuery;
 use prost::Message;
 use tokio_stream::StreamExt;
 use tonic::codec::{Codec, DecodeBuf, Decoder};
+use tonic::codegen::Service;
 use tonic::metadata::{BinaryMetadataKey, MetadataValue};
 use tonic::{Code, Request, Status, async_trait};
 use tonic_prost::ProstEncoder;
@@ -70,7 +71,7 @@ impl Remote {
 #[derive(Clone)]
 struct Caller(Arc<Upstream>);
 
-impl tower::Service<http::Request<tonic::body::Body>> for Caller {
+impl Service<http::Request<tonic::body::Body>> for Caller {
     type Response = http::Response<Box<Answer>>;
     type Error = Status;
     type Future = Pin<Box<dyn Future<Output = Result<Self::Response, Status>> + Send>>;

@@ -167,7 +167,24 @@ impl Upstream {
     ///
     /// # Errors
     /// `UpstreamError`, when there will be no answer.
-    pub async fn call(&self, head: Head, body: Body) -> Result<Box<Answer>, UpstreamError> {
+    pub fn call(
+        &self,
+        head: Head,
+        body: Body,
+    ) -> impl Future<Output = Result<Box<Answer>, UpstreamError>> {
+        self.call_within(self.routes.patience.connect, head, body)
+    }
+
+    /// As `call`, but waits for a connection, where there is none, no longer than `patience`.
+    ///
+    /// # Errors
+    /// `UpstreamError`, when there will be no answer.
+    pub async fn call_within(
+        &self,
+        patience: Duration,
+        head: Head,
+        body: Body,
+    ) -> Result<Box<Answer>, UpstreamError> {
         let (mut head, mut body) = (head, body);
         let index = self
             .routes
@@ -188,7 +205,6 @@ impl Upstream {
         let headers = Headers::of(&head.headers);
         let mut attempt = 1;
         let answer = loop {
-            let patience = self.routes.patience.connect;
             let connection = connections.ready(headers, patience).await?;
             let request = destination.request(head.clone());
             match Exchange::begin(connection, request, body)?.await? {

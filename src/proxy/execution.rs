@@ -3,12 +3,12 @@
 //! result, the client's own call is forwarded.
 
 use std::sync::Arc;
-use tokio::sync::watch;
 
+use tokio::sync::watch;
 use tonic::Code;
 
 use super::tap::{Method, Tap};
-use super::{Asked, Call, MAX_OBSERVED_REQUEST, Proxy, Reply, about, asked};
+use super::{Asked, Call, Proxy, Reply, about, asked};
 use crate::grpc;
 use crate::reapi::ExecuteRequest;
 use crate::speculation::Engine;
@@ -19,29 +19,19 @@ pub const METHOD: &str = "/build.bazel.remote.execution.v2.Execution/Execute";
 
 pub async fn call(proxy: Arc<Proxy>, engine: Engine, call: Call, mut reply: Reply) {
     let mut call = call;
-    let Some(message) = reply
-        .unless_gone(call.first_message(MAX_OBSERVED_REQUEST))
-        .await
-    else {
-        return;
-    };
-    let asked = asked(&call.peer, METHOD, message, |request: ExecuteRequest| {
+    let read = |request: ExecuteRequest| {
         if request.skip_cache_lookup {
             return Some(Asked::LeftAlone);
         }
         let function = request.digest_function;
         about(request.instance_name, request.action_digest, function)
-    });
-    let key = match asked {
-        Asked::About(key) => key,
-        Asked::LeftAlone => return proxy.forward(call, reply, None).await,
     };
-    let observed = Observed {
-        origin: call.origin(),
-        key,
-        joined: None,
-        answer: Answer::default(),
+    let key = match asked(&mut call, &mut reply, read).await {
+        Some(Asked::About(key)) => key,
+        Some(Asked::LeftAlone) => return proxy.forward(call, reply, None).await,
+        None => return,
     };
+    let observed = call.observed(key);
     if let Some(stage) = engine.flights().join(&observed.key) {
         return joined(proxy, engine, call, observed, stage, reply).await;
     }

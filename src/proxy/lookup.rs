@@ -8,13 +8,13 @@ use std::time::{Duration, Instant};
 use tonic::Code;
 
 use super::tap::{Method, Tap};
-use super::{Asked, Call, MAX_OBSERVED_REQUEST, Proxy, Reply, about, asked};
+use super::{Asked, Call, Proxy, Reply, about, asked};
 use crate::backend::exchange as backend;
 use crate::backend::upstream::UpstreamError;
 use crate::reapi::GetActionResultRequest;
 use crate::speculation::Engine;
 use crate::speculation::flights::{Ending, ending};
-use crate::speculation::observation::{Answer, Call as Observed};
+use crate::speculation::observation::Call as Observed;
 
 pub const METHOD: &str = "/build.bazel.remote.execution.v2.ActionCache/GetActionResult";
 
@@ -23,32 +23,17 @@ const MAX_QUESTION: Duration = Duration::from_secs(2);
 
 pub async fn call(proxy: Arc<Proxy>, engine: Engine, call: Call, mut reply: Reply) {
     let mut call = call;
-    let Some(message) = reply
-        .unless_gone(call.first_message(MAX_OBSERVED_REQUEST))
-        .await
-    else {
-        return;
+    let read = |request: GetActionResultRequest| {
+        let function = request.digest_function;
+        about(request.instance_name, request.action_digest, function)
     };
-    let asked = asked(
-        &call.peer,
-        METHOD,
-        message,
-        |request: GetActionResultRequest| {
-            let function = request.digest_function;
-            about(request.instance_name, request.action_digest, function)
-        },
-    );
-    match asked {
-        Asked::About(key) => {
-            let observed = Observed {
-                origin: call.origin(),
-                key,
-                joined: None,
-                answer: Answer::default(),
-            };
+    match asked(&mut call, &mut reply, read).await {
+        Some(Asked::About(key)) => {
+            let observed = call.observed(key);
             observed_call(proxy, engine, call, observed, reply).await;
         }
-        Asked::LeftAlone => Box::pin(proxy.forward(call, reply, None)).await,
+        Some(Asked::LeftAlone) => Box::pin(proxy.forward(call, reply, None)).await,
+        None => {}
     }
 }
 

@@ -21,7 +21,6 @@ use http::Request;
 use http::uri::PathAndQuery;
 use prost::Message;
 
-use crate::backend::endpoints::Endpoint;
 use crate::backend::exchange::Answer;
 use crate::backend::remote::REQUEST_METADATA_KEY;
 use crate::backend::upstream::{Head, Upstream, UpstreamError};
@@ -31,7 +30,7 @@ use crate::http2::body::Body;
 use crate::reapi::{self, digest_function};
 use crate::speculation::Engine;
 use crate::speculation::flights::FlightKey;
-use crate::speculation::observation::{CallOrigin, Observation};
+use crate::speculation::observation::{Call as Observed, CallOrigin, Observation};
 use crate::task;
 use crate::workspace::peer::Peer;
 
@@ -136,16 +135,14 @@ impl Proxy {
 
     /// Sends a call upstream as it is, and returns when its answer has begun.
     fn send(&self, call: Call) -> impl Future<Output = Result<Box<Answer>, UpstreamError>> {
-        let mut head = call.head;
-        grpc::deduct_from_timeout(&mut head.headers, call.began);
-        self.upstream.call(head, call.body)
+        let (head, body) = call.into_request();
+        self.upstream.call(head, body)
     }
 
     /// As `send`, but fails at once where there is no connection.
-    async fn send_at_once(&self, call: Call) -> Result<Box<Answer>, UpstreamError> {
-        let endpoint = Endpoint::of_path(call.head.path.path());
-        self.upstream.reach(endpoint, Duration::ZERO).await?;
-        self.send(call).await
+    fn send_at_once(&self, call: Call) -> impl Future<Output = Result<Box<Answer>, UpstreamError>> {
+        let (head, body) = call.into_request();
+        self.upstream.call_within(Duration::ZERO, head, body)
     }
 }
 
@@ -155,6 +152,23 @@ impl Call {
             peer: self.peer.clone(),
             metadata: self.head.headers.get(REQUEST_METADATA_KEY).cloned(),
         }
+    }
+
+    /// What the engine will be told of it, as far as it is known before the answer.
+    fn observed(&self, key: FlightKey) -> Observed {
+        Observed {
+            origin: self.origin(),
+            key,
+            joined: None,
+            answer: Default::default(),
+        }
+    }
+
+    /// What is sent upstream now.
+    fn into_request(self) -> (Head, Body) {
+        let mut head = self.head;
+        grpc::deduct_from_timeout(&mut head.headers, self.began);
+        (head, self.body)
     }
 
     /// The first message, if it is uncompressed and at most `limit` bytes long. Everything stays
@@ -221,24 +235,26 @@ enum Asked {
 }
 
 /// Reads the message of an observed request. One that cannot be read is the upstream's to judge.
-fn asked<M: Message + Default>(
-    peer: &Peer,
-    method: &'static str,
-    message: Option<Bytes>,
+/// `None` if the client goes away before that.
+async fn asked<M: Message + Default>(
+    call: &mut Call,
+    reply: &mut Reply,
     read: impl FnOnce(M) -> Option<Asked>,
-) -> Asked {
+) -> Option<Asked> {
+    let first = call.first_message(MAX_OBSERVED_REQUEST);
+    let message = reply.unless_gone(first).await?;
     let asked = message
         .and_then(|message| M::decode(message).ok())
         .and_then(read);
-    asked.unwrap_or_else(|| {
-        if peer.is_first_complaint() {
+    Some(asked.unwrap_or_else(|| {
+        if call.peer.is_first_complaint() {
             tracing::warn!(
-                client = %peer.origin(), method,
+                client = %call.peer.origin(), method = call.head.path.path(),
                 "a request is malformed, compressed or very long; it is forwarded unobserved"
             );
         }
         Asked::LeftAlone
-    })
+    }))
 }
 
 /// The asked-for action under its instance; `None` if the digest is malformed. Only SHA-256, named
