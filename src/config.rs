@@ -41,6 +41,11 @@ impl Mode {
     pub fn uses_action_overlays(self) -> bool {
         self >= Mode::IntraElement
     }
+
+    /// Whether they are traced back to the actions of other parents, too.
+    pub fn crosses_parents(self) -> bool {
+        self >= Mode::Full
+    }
 }
 
 /// A client that is to be pleased by a change to an answer.

@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use http::HeaderValue;
 
 use super::observation::CallOrigin;
-use super::parent::ParentIdentity;
+use super::parent::{ParentIdentity, ParentKind};
 use crate::reapi::RequestMetadata;
 use crate::workspace::peer::{Peer, PeerOrigin};
 use crate::workspace::process::{self, Process};
@@ -111,7 +111,7 @@ impl Caller {
     /// Whether what is recorded of `parent` is about the workspace that this client works on.
     pub fn works_on(&self, parent: &ParentIdentity) -> bool {
         self.project_root.is_some()
-            && self.project_root == parent.project_root
+            && self.project_root.as_deref() == parent.project_root()
             && self.uid == parent.uid
     }
 
@@ -120,8 +120,10 @@ impl Caller {
         ParentIdentity {
             instance: instance.clone(),
             uid: self.uid,
-            project_root: self.project_root.clone(),
-            tool: self.tool.clone(),
+            kind: ParentKind::Invocation {
+                project_root: self.project_root.clone(),
+                tool: self.tool.clone(),
+            },
         }
     }
 }
@@ -252,6 +254,8 @@ impl Callers {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::path::Path;
+
     use base64::Engine as _;
     use base64::engine::general_purpose::STANDARD_NO_PAD;
 
@@ -285,16 +289,17 @@ mod tests {
         let caller = Caller::identify(&peer, invoked_as(&id), "here");
         let parent = caller.parent(&"".into());
         assert!(caller.works_on(&parent));
-        let by_another_tool = ParentIdentity {
-            tool: "another".to_owned(),
+        let invocation = |root: Option<&Path>, tool: &str| ParentIdentity {
+            kind: ParentKind::Invocation {
+                project_root: root.map(Path::to_owned),
+                tool: tool.to_owned(),
+            },
             ..parent.clone()
         };
+        let by_another_tool = invocation(parent.project_root(), "another");
         assert!(caller.works_on(&by_another_tool));
         assert_eq!(by_another_tool.weak_key(), parent.weak_key());
-        let elsewhere = ParentIdentity {
-            project_root: Some("/elsewhere".into()),
-            ..parent.clone()
-        };
+        let elsewhere = invocation(Some(Path::new("/elsewhere")), &caller.tool);
         assert!(!caller.works_on(&elsewhere));
         let of_another_user = ParentIdentity {
             uid: Some(u32::MAX),

@@ -17,12 +17,12 @@ use super::builds::{Asked, Build};
 use super::callers::{BuildKey, Caller, Callers};
 use super::flights::Flights;
 use super::observation::{Call, CallOrigin, Observation};
-use super::parent::{ParentIdentity, WeakKey};
-use super::priming::{Message, Priming};
+use super::parent::WeakKey;
+use super::priming::{Group, Message, Priming};
 use super::record::{Subaction, execution_time};
 use super::recorder::{self, Ended, Recorded};
-use super::store::{RecordCounts, Store};
-use super::workshop::Workshop;
+use super::store::{KnownParent, RecordCounts, Store};
+use super::workshop::{Primed, Workshop};
 use super::{Engine, TAP_MEMORY_KIB, lane};
 use crate::backend::Backend;
 use crate::cas::directories::DirectoryCache;
@@ -91,7 +91,7 @@ pub struct Runner {
     urgent: Arc<Notify>,
     requests: mpsc::Receiver<Request>,
     state: State,
-    primed: mpsc::Receiver<u64>,
+    primed: mpsc::Receiver<Primed>,
     recorded: mpsc::Receiver<Recorded>,
     exits: mpsc::Receiver<BuildKey>,
 }
@@ -133,9 +133,9 @@ pub fn engine(parts: EngineParts) -> (Engine, mpsc::Sender<Request>, Runner) {
         "recorder",
         recorder::run(workshop.clone(), parts.mode, to_record, records),
     );
-    let mut parents: HashMap<WeakKey, ParentIdentity> = HashMap::new();
+    let mut parents: HashMap<WeakKey, KnownParent> = HashMap::new();
     match parts.store.parents() {
-        Ok(known) => parents.extend(known),
+        Ok(known) => parents.extend(known.into_iter().map(|known| (known.key, known))),
         Err(error) => tracing::warn!(%error, "records cannot be read; nothing is primed"),
     }
     let dropped = Arc::new(AtomicU64::new(0));
@@ -177,12 +177,12 @@ struct State {
     mode: Mode,
     workshop: Workshop,
     /// All recorded parents.
-    parents: HashMap<WeakKey, ParentIdentity>,
+    parents: HashMap<WeakKey, KnownParent>,
     callers: Callers,
     open: HashMap<BuildKey, Build>,
     closed: VecDeque<Build>,
     /// Parents of open builds that are being primed.
-    primings: HashMap<WeakKey, Priming>,
+    primings: HashMap<Group, Priming>,
     /// Those who wait for quiet.
     waiting: Vec<oneshot::Sender<()>>,
     recorder: mpsc::Sender<recorder::Message>,
@@ -206,7 +206,7 @@ impl Runner {
                     Some(observation) => self.observe_batch(observation).await,
                     None => return,
                 },
-                Some(build) = self.primed.recv() => guarded(|| self.state.count_primed(build)),
+                Some(primed) = self.primed.recv() => guarded(|| self.state.count_primed(primed)),
                 Some(recorded) = self.recorded.recv() => guarded(|| self.state.recorded(recorded)),
                 Some(key) = self.exits.recv() => guarded(|| self.state.close(&key)),
                 Some(request) = self.requests.recv() => guarded(|| self.state.answer(request)),
@@ -258,9 +258,10 @@ impl State {
             Observation::Execution(call) => self.execution(call),
             Observation::Question { origin, key, reply } => {
                 let parent = self.build_of(&origin).caller.parent(&key.instance);
-                if let Some(priming) = self.primings.get(&parent.weak_key()) {
+                let group = Group::Invocation(parent.weak_key());
+                if let Some(priming) = self.primings.get(&group) {
                     priming.tell(Message::Question {
-                        action: key.action,
+                        key,
                         asked: Instant::now(),
                         reply,
                     });
@@ -296,14 +297,13 @@ impl State {
         if let BuildKey::Process(process) = &caller.key {
             self.watch(process, &caller.key);
         }
-        let known = self.parents.iter();
-        let known = known.filter(|(_, identity)| caller.works_on(identity));
-        let known: Vec<WeakKey> = known.map(|(key, _)| *key).collect();
-        for key in known {
+        let known = self.parents.values();
+        let known = known.filter(|known| caller.works_on(&known.identity));
+        for known in known {
             let workshop = &self.workshop;
             self.primings
-                .entry(key)
-                .or_insert_with(|| Priming::start(key, workshop.clone()))
+                .entry(Group::Invocation(known.key))
+                .or_insert_with_key(|group| Priming::start(group, workshop.clone()))
                 .tell(Message::Begin(number));
         }
     }
@@ -391,16 +391,16 @@ impl State {
         }
         if call.joined.is_none() {
             let parent = caller.parent(&call.key.instance).weak_key();
-            if let Some(priming) = self.primings.get(&parent) {
-                let action = call.key.action;
-                priming.tell(Message::Observed { action, result });
+            if let Some(priming) = self.primings.get(&Group::Invocation(parent)) {
+                let key = call.key;
+                priming.tell(Message::Observed { key, result });
             }
         }
     }
 
-    fn count_primed(&mut self, number: u64) {
-        let builds = self.open.values_mut().chain(&mut self.closed);
-        if let Some(build) = builds.into_iter().find(|build| build.number == number) {
+    fn count_primed(&mut self, primed: Primed) {
+        let mut builds = self.open.values_mut().chain(&mut self.closed);
+        if let Some(build) = builds.find(|build| Some(build.number) == primed.build) {
             build.primed += 1;
         }
     }
@@ -410,8 +410,13 @@ impl State {
             self.parents.remove(key);
         }
         let key = recorded.parent.identity.weak_key();
-        self.parents.insert(key, recorded.parent.identity.clone());
-        if let Some(priming) = self.primings.get(&key) {
+        let known = KnownParent {
+            key,
+            identity: recorded.parent.identity.clone(),
+            dependencies: recorded.parent.dependencies(),
+        };
+        self.parents.insert(key, known);
+        if let Some(priming) = self.primings.get(&Group::Invocation(key)) {
             priming.tell(Message::Records(recorded.parent));
         }
         drop(recorded.activity);
@@ -430,9 +435,12 @@ impl State {
         build.ended_unix_ms = Some(clock::now_unix_ms());
         let subactions = std::mem::take(&mut build.subactions);
         let (known, open) = (&self.parents, &self.open);
-        self.primings.retain(|key, _| {
-            let identity = known.get(key);
-            identity.is_some_and(|identity| open.values().any(|b| b.caller.works_on(identity)))
+        self.primings.retain(|group, _| match group {
+            Group::Invocation(key) => known.get(key).is_some_and(|known| {
+                let mut callers = open.values().map(|build| &build.caller);
+                callers.any(|caller| caller.works_on(&known.identity))
+            }),
+            Group::Actions { .. } => true,
         });
         if self.mode.records() && !subactions.is_empty() {
             let activity = self.workshop.activities.begin();

@@ -2,6 +2,10 @@
 //! background after a parent has ended, over all of its actions at once: origins depend on the
 //! digest, not on the action, so a parent has one overlay table.
 //!
+//! The sources of an invocation are on disk, those of an action parent in its own input tree. That
+//! holds what other parents have written, too; it is looked for among their outputs, their sources
+//! and the outputs of their actions, for all of that may be known before the tree is.
+//!
 //! A directory on disk counts as the root of input trees only if it is proven: at least one file
 //! below it has the digest that was recorded for its path. Others may have been edited since.
 
@@ -10,22 +14,41 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use super::instantiate::MAX_PLACES;
-use super::parent::{BaseAction, Origin, OverlayTable};
+use super::parent::{BaseAction, Origin, OverlayTable, Parent, WeakKey};
 use super::resolve::roots;
 use crate::cas::Digest;
 use crate::cas::directories::{Trees, child_path};
 use crate::config::Mode;
 use crate::workspace::index::FileIndex;
 
-/// The overlay table of `actions`, whose directories are in `trees`. Reads source files through
-/// `index`. Blocks.
+/// At how many paths of one tree a file is looked for.
+const MAX_PATHS: usize = 16;
+
+/// Where sources are.
+pub enum Sources<'a> {
+    /// On disk.
+    Disk(&'a FileIndex),
+    /// In the input tree of the parent itself; and other parents, of whose outputs it holds some.
+    Tree {
+        /// Root of the tree.
+        own: Digest,
+        /// See `depends_on`.
+        others: &'a [Arc<Parent>],
+    },
+}
+
+/// The overlay table of `actions`. All directories are in `trees`. Blocks.
 pub fn generate(
     actions: &[Arc<BaseAction>],
     trees: &Trees,
-    index: &FileIndex,
+    sources: &Sources<'_>,
     mode: Mode,
 ) -> OverlayTable {
     let outputs = WrittenFiles::of(actions);
+    let index = match sources {
+        Sources::Disk(index) => Some(*index),
+        Sources::Tree { .. } => None,
+    };
     let mut generation = Generation {
         outputs: &outputs,
         index,
@@ -40,7 +63,120 @@ pub fn generate(
     for base in actions {
         generation.visit(base, trees);
     }
-    generation.finish()
+    let mut overlays = generation.finish();
+    if let Sources::Tree { own, others } = sources {
+        let read = ReadFiles::of(actions, trees);
+        read.add_tree(None, *own, trees, &mut overlays);
+        for other in *others {
+            read.add_other(other, trees, mode, &mut overlays);
+        }
+    }
+    overlays
+}
+
+/// The files that actions read: their digests, and the names under which they do.
+pub struct ReadFiles(HashMap<Digest, HashSet<String>>);
+
+impl ReadFiles {
+    /// What `actions` read.
+    pub fn of(actions: &[Arc<BaseAction>], trees: &Trees) -> Self {
+        let mut files: HashMap<Digest, HashSet<String>> = HashMap::new();
+        let mut visited = HashSet::new();
+        let mut open: Vec<Digest> = actions.iter().map(|base| base.input_root).collect();
+        while let Some(digest) = open.pop() {
+            let Some(directory) = trees.get(&digest).filter(|_| visited.insert(digest)) else {
+                continue;
+            };
+            for (name, file) in &directory.files {
+                files.entry(*file).or_default().insert(name.clone());
+            }
+            open.extend(directory.directories.iter().map(|(_, child)| *child));
+        }
+        ReadFiles(files)
+    }
+
+    /// Whether any of them is an output of `other`, by name and content.
+    pub fn depend_on(&self, other: &Parent) -> bool {
+        let outputs = other.executed.iter().flat_map(|executed| &executed.outputs);
+        outputs
+            .into_iter()
+            .any(|(path, digest)| digest.size() > 0 && self.has(digest, path))
+    }
+
+    fn has(&self, digest: &Digest, path: &str) -> bool {
+        let names = self.0.get(digest);
+        names.is_some_and(|names| names.contains(name_of(path)))
+    }
+
+    /// Adds where they stand in the input tree of a parent.
+    fn add_tree(
+        &self,
+        parent: Option<WeakKey>,
+        root: Digest,
+        trees: &Trees,
+        overlays: &mut OverlayTable,
+    ) {
+        let mut paths: HashMap<Digest, Vec<String>> = HashMap::new();
+        let mut places: HashMap<Digest, usize> = HashMap::new();
+        let mut open = vec![(root, String::new())];
+        while let Some((digest, path)) = open.pop() {
+            let count = places.entry(digest).or_default();
+            *count += 1;
+            let Some(directory) = trees.get(&digest).filter(|_| *count <= MAX_PLACES) else {
+                continue;
+            };
+            for (name, file) in &directory.files {
+                if self.0.contains_key(file) {
+                    let paths = paths.entry(*file).or_default();
+                    paths.push(child_path(&path, name));
+                }
+            }
+            for (name, child) in &directory.directories {
+                open.push((*child, child_path(&path, name)));
+            }
+        }
+        for (digest, mut paths) in paths {
+            // Those under a name that they are read by come first.
+            paths.sort_unstable_by_key(|path| (!self.has(&digest, path), path.clone()));
+            for path in paths.into_iter().take(MAX_PATHS) {
+                overlays.add(digest, Origin::Tree { parent, path });
+            }
+        }
+    }
+
+    /// Adds what they have of another parent: its output, its sources, its actions' outputs.
+    fn add_other(&self, other: &Parent, trees: &Trees, mode: Mode, overlays: &mut OverlayTable) {
+        let Some(executed) = &other.executed else {
+            return;
+        };
+        let parent = other.identity.weak_key();
+        for (path, digest) in &executed.outputs {
+            if self.has(digest, path) {
+                let path = path.clone();
+                overlays.add(*digest, Origin::Artifact { parent, path });
+            }
+        }
+        self.add_tree(Some(parent), executed.input_root, trees, overlays);
+        if !mode.crosses_parents() {
+            return;
+        }
+        for base in other.actions.values() {
+            for (path, digest) in &base.outputs {
+                if self.0.contains_key(digest) {
+                    let origin = Origin::Action {
+                        parent: Some(parent),
+                        action: base.digest,
+                        path: path.clone(),
+                    };
+                    overlays.add(*digest, origin);
+                }
+            }
+        }
+    }
+}
+
+fn name_of(path: &str) -> &str {
+    path.rsplit('/').next().unwrap_or(path)
 }
 
 /// The files that actions write, by content and by place.
@@ -58,6 +194,7 @@ impl WrittenFiles {
         for base in actions {
             for (path, digest) in &base.outputs {
                 let origin = Origin::Action {
+                    parent: None,
                     action: base.digest,
                     path: path.clone(),
                 };
@@ -74,7 +211,8 @@ impl WrittenFiles {
 
 struct Generation<'a> {
     outputs: &'a WrittenFiles,
-    index: &'a FileIndex,
+    /// None if sources are not on disk.
+    index: Option<&'a FileIndex>,
     actions_too: bool,
     overlays: OverlayTable,
     /// Directories at the places where they were visited.
@@ -127,7 +265,8 @@ impl Generation<'_> {
             Some(origin) if self.actions_too => self.overlays.add(target, origin.clone()),
             // What an action writes is no source, however old the file on disk is.
             Some(_) => {}
-            None => self.add_source(base, path, target),
+            None if self.index.is_some() => self.add_source(base, path, target),
+            None => {}
         }
         if self.actions_too && self.seen.insert(target) {
             for origin in self.outputs.by_digest.get(&target).into_iter().flatten() {
@@ -166,7 +305,7 @@ impl Generation<'_> {
         if let Some(known) = self.on_disk.get(place) {
             return *known;
         }
-        let digest = self.index.digest(place).ok();
+        let digest = self.index.and_then(|index| index.digest(place).ok());
         self.on_disk.insert(place.to_owned(), digest);
         digest
     }
@@ -174,7 +313,7 @@ impl Generation<'_> {
     fn finish(mut self) -> OverlayTable {
         for file in self.sources {
             if self.proven.contains(&file.root) {
-                self.overlays.add(file.target, Origin::Source(file.place));
+                self.overlays.add(file.target, Origin::Disk(file.place));
             }
         }
         self.overlays
@@ -186,7 +325,7 @@ mod tests {
     use super::*;
     use crate::cas::directories::Directory;
     use crate::reapi;
-    use std::time::Duration;
+    use crate::speculation::parent::fixture;
 
     /// A tree of one directory with these files.
     fn tree(trees: &mut Trees, files: &[(&str, &str)]) -> Digest {
@@ -211,19 +350,12 @@ mod tests {
         outputs: &[(&str, &str)],
     ) -> Arc<BaseAction> {
         Arc::new(BaseAction {
-            digest: Digest::of(name.as_bytes()),
-            encoded: bytes::Bytes::new(),
-            input_root,
             mount: Some(mount.to_owned()),
-            file_system_root: "/".into(),
-            working_directory: String::new(),
             outputs: outputs
                 .iter()
                 .map(|(path, content)| ((*path).to_owned(), Digest::of(content.as_bytes())))
                 .collect(),
-            duration: Duration::ZERO,
-            order: 0,
-            last_seen_unix_ms: 0,
+            ..fixture::base(name, input_root)
         })
     }
 
@@ -251,23 +383,26 @@ mod tests {
             action("link", root, link, &[("program", "program")]),
         ];
         let index = FileIndex::default();
-        let table = generate(&actions, &trees, &index, Mode::Full);
-        assert_eq!(
-            origins(&table, "source"),
-            [Origin::Source(root.join("a.c"))]
-        );
+        let table = generate(&actions, &trees, &Sources::Disk(&index), Mode::Full);
+        assert_eq!(origins(&table, "source"), [Origin::Disk(root.join("a.c"))]);
         assert_eq!(
             origins(&table, "recorded"),
-            [Origin::Source(root.join("edited.h"))]
+            [Origin::Disk(root.join("edited.h"))]
         );
         assert_eq!(origins(&table, "gone"), []);
         let compiled = Origin::Action {
+            parent: None,
             action: actions[0].digest,
             path: "a.o".to_owned(),
         };
         assert_eq!(origins(&table, "object"), [compiled]);
 
-        let table = generate(&actions, &trees, &index, Mode::SourceArtifact);
+        let table = generate(
+            &actions,
+            &trees,
+            &Sources::Disk(&index),
+            Mode::SourceArtifact,
+        );
         assert_eq!(
             origins(&table, "object"),
             [],
@@ -283,7 +418,12 @@ mod tests {
         let mut trees = Trees::new();
         let input = tree(&mut trees, &[("a.c", "source")]);
         let actions = [action("compile", root, input, &[])];
-        let table = generate(&actions, &trees, &FileIndex::default(), Mode::Full);
+        let table = generate(
+            &actions,
+            &trees,
+            &Sources::Disk(&FileIndex::default()),
+            Mode::Full,
+        );
         assert_eq!(table.iter().count(), 0);
     }
 }

@@ -11,8 +11,9 @@ use std::sync::Arc;
 use bytes::Bytes;
 use prost::Message;
 
-use super::parent::{BaseAction, with_input_root};
+use super::parent::{BaseAction, WeakKey, with_input_root};
 use super::resolve::{Current, Node, Resolver, TreeFile};
+use super::texts::{self, Replacements};
 use crate::cas::Digest;
 use crate::cas::directories::{Directory, Trees, child_path};
 use crate::reapi;
@@ -28,8 +29,10 @@ pub struct Adapted {
     pub action: Digest,
     /// The encoded `Action`.
     pub encoded: Bytes,
-    /// The root of its input tree.
-    pub input_root: Arc<NewDirectory>,
+    /// The root of its input tree, if that is new.
+    pub tree: Option<Arc<NewDirectory>>,
+    /// Its command, if that is new.
+    pub command: Option<(Digest, Bytes)>,
 }
 
 /// A directory that was rewritten, with all that is new below it.
@@ -48,8 +51,8 @@ pub struct NewDirectory {
 /// Something that an adapted action needs in the CAS.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Blob {
-    /// An adapted action.
-    Action(Bytes),
+    /// An adapted action, or the command of one.
+    Message(Bytes),
     /// A rewritten directory.
     Directory(Bytes),
     /// A source file, to be read when it is uploaded.
@@ -60,9 +63,16 @@ impl Adapted {
     /// Adds what the action needs to `needed`, less what `known` holds, and all of it to `known`.
     pub fn collect_blobs(&self, known: &mut HashSet<Digest>, needed: &mut HashMap<Digest, Blob>) {
         if known.insert(self.action) {
-            needed.insert(self.action, Blob::Action(self.encoded.clone()));
+            needed.insert(self.action, Blob::Message(self.encoded.clone()));
         }
-        self.input_root.collect_blobs(known, needed);
+        if let Some((digest, command)) = &self.command
+            && known.insert(*digest)
+        {
+            needed.insert(*digest, Blob::Message(command.clone()));
+        }
+        if let Some(tree) = &self.tree {
+            tree.collect_blobs(known, needed);
+        }
     }
 }
 
@@ -93,6 +103,8 @@ pub enum Instantiation {
     Adapted(Adapted),
     /// Some of its inputs come from actions that are not done: these.
     Waits(Arc<[Node]>),
+    /// What it is to be will be known when a parent has been asked for, or has ended.
+    Awaits,
 }
 
 /// Why a base action cannot be adapted.
@@ -122,8 +134,21 @@ pub struct Task<'a, O> {
     pub resolver: &'a Resolver<'a>,
     /// All directories.
     pub trees: &'a Trees,
+    /// What became of the digest-valued text of the parent.
+    pub texts: &'a Texts,
+    /// The action's encoded command, where it holds digest-valued text.
+    pub command: Option<&'a Bytes>,
     /// What an action of the plan wrote to a path; `None` while it is not done.
     pub output: O,
+}
+
+/// What became of the digest-valued text of a parent.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Texts {
+    /// This was replaced: by nothing, if the map is empty.
+    Replaced(Replacements),
+    /// The parent has not been asked for: whether this has changed is not known.
+    Unknown(HashSet<String>),
 }
 
 /// Rewrites trees. Lives as long as one set of replacements.
@@ -139,6 +164,7 @@ pub struct Instantiator {
 /// A directory at the place where a tree holds it: what its files are depends on both.
 #[derive(Clone, PartialEq, Eq, Hash)]
 struct Place {
+    parent: WeakKey,
     directory: Digest,
     mount: Option<PathBuf>,
     path: String,
@@ -164,6 +190,7 @@ enum Rewritten {
     Same,
     New(Arc<NewDirectory>),
     Waits(Arc<[Node]>),
+    Awaits,
 }
 
 impl Instantiator {
@@ -177,18 +204,24 @@ impl Instantiator {
     {
         self.places.clear();
         self.for_its_writer = false;
-        match self.rewrite(task, task.base.input_root, "")? {
-            Rewritten::Same => Ok(Instantiation::Unchanged),
-            Rewritten::Waits(nodes) => Ok(Instantiation::Waits(nodes)),
-            Rewritten::New(input_root) => {
-                let (action, encoded) = with_input_root(&task.base.encoded, input_root.digest)
-                    .ok_or(Unadaptable::NotCanonical(task.base.digest))?;
-                Ok(Instantiation::Adapted(Adapted {
-                    action,
-                    encoded,
-                    input_root,
-                }))
+        let tree = match self.rewrite(task, task.base.input_root, "")? {
+            Rewritten::Same => None,
+            Rewritten::New(tree) => Some(tree),
+            Rewritten::Waits(nodes) => return Ok(Instantiation::Waits(nodes)),
+            Rewritten::Awaits => return Ok(Instantiation::Awaits),
+        };
+        let mut texts = task.base.texts.iter();
+        match task.texts {
+            Texts::Replaced(replacements) if texts.any(|text| replacements.contains_key(text)) => {
+                adapted_with_texts(task, tree, replacements).map(Instantiation::Adapted)
             }
+            Texts::Unknown(old) if tree.is_some() && texts.any(|text| old.contains(text)) => {
+                Ok(Instantiation::Awaits)
+            }
+            _ => match tree {
+                None => Ok(Instantiation::Unchanged),
+                Some(tree) => adapted(task, tree).map(Instantiation::Adapted),
+            },
         }
     }
 
@@ -202,6 +235,7 @@ impl Instantiator {
         O: Fn(Node, &str) -> Option<Option<Digest>>,
     {
         let place = Place {
+            parent: task.resolver.key,
             directory: digest,
             mount: task.base.mount.clone(),
             path: path.to_owned(),
@@ -254,6 +288,7 @@ impl Instantiator {
         O: Fn(Node, &str) -> Option<Option<Digest>>,
     {
         let mut waits: Vec<Node> = Vec::new();
+        let mut awaits = false;
         let mut sources = Vec::new();
         let mut files: Vec<(usize, Digest)> = Vec::new();
         let mut directories: Vec<(usize, Arc<NewDirectory>)> = Vec::new();
@@ -268,13 +303,14 @@ impl Instantiator {
             self.for_its_writer |= task.resolver.is_read_by_its_writer(file);
             match task.resolver.resolve(file, &task.output) {
                 Current::Recorded => {}
-                Current::Source(_, now) | Current::Output(now) if now == *recorded => {}
+                Current::Source(_, now) | Current::Stored(now) if now == *recorded => {}
                 Current::Source(source, now) => {
                     sources.push((now, source.to_owned()));
                     files.push((index, now));
                 }
-                Current::Output(now) => files.push((index, now)),
+                Current::Stored(now) => files.push((index, now)),
                 Current::Pending(node) => waits.push(node),
+                Current::Awaited => awaits = true,
                 Current::Vanished(path) => return Err(Unadaptable::Vanished(path)),
             }
         }
@@ -283,7 +319,11 @@ impl Instantiator {
                 Rewritten::Same => {}
                 Rewritten::New(new) => directories.push((index, new)),
                 Rewritten::Waits(nodes) => waits.extend_from_slice(&nodes),
+                Rewritten::Awaits => awaits = true,
             }
+        }
+        if awaits {
+            return Ok(Rewritten::Awaits);
         }
         if !waits.is_empty() {
             waits.sort_unstable();
@@ -302,6 +342,47 @@ impl Instantiator {
             directories: directories.into_iter().map(|(_, new)| new).collect(),
         })))
     }
+}
+
+/// The base action with another tree.
+fn adapted<O>(task: &Task<'_, O>, tree: Arc<NewDirectory>) -> Result<Adapted, Unadaptable> {
+    let (action, encoded) = with_input_root(&task.base.encoded, tree.digest)
+        .ok_or(Unadaptable::NotCanonical(task.base.digest))?;
+    Ok(Adapted {
+        action,
+        encoded,
+        tree: Some(tree),
+        command: None,
+    })
+}
+
+/// The base action with other digest-valued text, and perhaps another tree.
+fn adapted_with_texts<O>(
+    task: &Task<'_, O>,
+    tree: Option<Arc<NewDirectory>>,
+    replacements: &Replacements,
+) -> Result<Adapted, Unadaptable> {
+    let not_canonical = || Unadaptable::NotCanonical(task.base.digest);
+    let mut action =
+        reapi::Action::decode(task.base.encoded.clone()).map_err(|_| not_canonical())?;
+    let encoded = task.command.ok_or_else(not_canonical)?;
+    let mut command = reapi::Command::decode(encoded.clone()).map_err(|_| not_canonical())?;
+    if command.encode_to_vec() != *encoded {
+        return Err(not_canonical());
+    }
+    texts::replace(&mut action, &mut command, replacements);
+    let (command, encoded) = Digest::of_message(&command);
+    action.command_digest = Some(command.to_proto());
+    if let Some(tree) = &tree {
+        action.input_root_digest = Some(tree.digest.to_proto());
+    }
+    let (action, encoded_action) = Digest::of_message(&action);
+    Ok(Adapted {
+        action,
+        encoded: encoded_action,
+        tree,
+        command: Some((command, encoded)),
+    })
 }
 
 /// The directory with some of its digests replaced; `None` if it must not be rewritten.
@@ -326,10 +407,9 @@ fn replaced(
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::speculation::parent::{Origin, OverlayTable};
-    use crate::speculation::resolve::Sources;
+    use crate::speculation::known::{Known, Sources};
+    use crate::speculation::parent::{Origin, OverlayTable, Parent, fixture};
     use std::collections::BTreeMap;
-    use std::time::Duration;
 
     /// Numbers that look random and are the same in every run.
     struct Dice(u64);
@@ -445,14 +525,7 @@ mod tests {
         BaseAction {
             digest,
             encoded,
-            input_root,
-            mount: Some("/p".into()),
-            file_system_root: "/".into(),
-            working_directory: String::new(),
-            outputs: Vec::new(),
-            duration: Duration::ZERO,
-            order: 0,
-            last_seen_unix_ms: 0,
+            ..fixture::base("", input_root)
         }
     }
 
@@ -492,7 +565,7 @@ mod tests {
                 let source = PathBuf::from("/p").join(&path);
                 scene
                     .overlays
-                    .add(content_digest(&old), Origin::Source(source.clone()));
+                    .add(content_digest(&old), Origin::Disk(source.clone()));
                 scene.sources.insert(source, Some(content_digest(&new)));
                 scene.old.insert(path.clone(), old);
                 scene.new.insert(path, new);
@@ -509,22 +582,40 @@ mod tests {
         }
 
         fn instantiate(&self, instantiator: &mut Instantiator, node: Node) -> Instantiation {
-            let producers = HashMap::new();
-            let resolver = Resolver {
-                overlays: &self.overlays,
-                sources: &self.sources,
-                producers: &producers,
+            let known = Known {
+                disk: self.sources.clone(),
+                ..Known::default()
             };
-            instantiator
-                .instantiate(&Task {
-                    node,
-                    base: &self.bases[node],
-                    resolver: &resolver,
-                    trees: &self.trees,
-                    output: |_: Node, _: &str| None,
-                })
-                .unwrap()
+            let parent = fixture::invocation(self.overlays.clone());
+            let base = &self.bases[node];
+            instantiate(instantiator, node, base, &parent, &known, &self.trees).unwrap()
         }
+    }
+
+    fn instantiate(
+        instantiator: &mut Instantiator,
+        node: Node,
+        base: &BaseAction,
+        parent: &Parent,
+        known: &Known,
+        trees: &Trees,
+    ) -> Result<Instantiation, Unadaptable> {
+        let resolver = Resolver {
+            key: parent.identity.weak_key(),
+            parent,
+            known,
+            trees,
+            producers: &HashMap::new(),
+        };
+        instantiator.instantiate(&Task {
+            node,
+            base,
+            resolver: &resolver,
+            trees,
+            texts: &Texts::Replaced(Replacements::new()),
+            command: None,
+            output: |_: Node, _: &str| None,
+        })
     }
 
     #[test]
@@ -559,12 +650,12 @@ mod tests {
                         }
                         Instantiation::Adapted(adapted) => {
                             adapted_trees += 1;
-                            assert_eq!(adapted.input_root.digest, expected);
+                            assert_eq!(adapted.tree.as_ref().unwrap().digest, expected);
                             assert_eq!(adapted.action, base(expected).digest);
                             assert_eq!(adapted.encoded, base(expected).encoded);
                             assert_complete(&scene, &adapted, &afresh);
                         }
-                        Instantiation::Waits(_) => panic!("for whom?"),
+                        waits => panic!("for whom? {waits:?}"),
                     }
                 }
             }
@@ -576,7 +667,10 @@ mod tests {
     fn assert_complete(scene: &Scene, adapted: &Adapted, afresh: &Trees) {
         let mut needed = HashMap::new();
         adapted.collect_blobs(&mut HashSet::new(), &mut needed);
-        assert!(matches!(needed.get(&adapted.action), Some(Blob::Action(_))));
+        assert!(matches!(
+            needed.get(&adapted.action),
+            Some(Blob::Message(_))
+        ));
         let old: HashSet<Digest> = scene.old.values().map(|old| content_digest(old)).collect();
         for (digest, directory) in afresh {
             let is_there = scene.trees.contains_key(digest);
@@ -587,7 +681,7 @@ mod tests {
         }
         for (digest, blob) in needed {
             match blob {
-                Blob::Action(encoded) | Blob::Directory(encoded) => {
+                Blob::Message(encoded) | Blob::Directory(encoded) => {
                     assert_eq!(Digest::of(&encoded), digest)
                 }
                 Blob::File(path) => assert_eq!(scene.sources[&path], Some(digest)),
@@ -626,19 +720,14 @@ mod tests {
             trees.insert(digest, Arc::new(Directory::parse(encoded).unwrap()));
             root = digest;
         }
-        let (overlays, sources, producers) = Default::default();
-        let resolver = Resolver {
-            overlays: &overlays,
-            sources: &sources,
-            producers: &producers,
-        };
-        let answer = Instantiator::default().instantiate(&Task {
-            node: 0,
-            base: &base(root),
-            resolver: &resolver,
-            trees: &trees,
-            output: |_: Node, _: &str| None,
-        });
+        let answer = instantiate(
+            &mut Instantiator::default(),
+            0,
+            &base(root),
+            &fixture::invocation(OverlayTable::default()),
+            &Known::default(),
+            &trees,
+        );
         assert_eq!(answer.err(), Some(Unadaptable::TooLarge));
     }
 }

@@ -12,6 +12,7 @@ pub mod engine;
 pub mod flights;
 mod generate;
 mod instantiate;
+mod known;
 mod lane;
 pub mod observation;
 mod parent;
@@ -22,6 +23,7 @@ mod recorder;
 mod resolve;
 mod schedule;
 pub mod store;
+mod texts;
 mod workshop;
 
 use std::sync::Arc;

@@ -1,8 +1,9 @@
 //! What is known of a parent: the base actions that were recorded for it, and its overlay table.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::fmt;
 use std::path::{Path, PathBuf};
+use std::str::FromStr;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -30,21 +31,69 @@ impl fmt::Display for WeakKey {
     }
 }
 
-/// What an invocation parent is known by.
+/// Text that is no weak key.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("'{0}' is not a weak key: 64 hexadecimal digits")]
+pub struct WeakKeyError(String);
+
+impl FromStr for WeakKey {
+    type Err = WeakKeyError;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        let error = || WeakKeyError(text.to_owned());
+        let digits = text.as_bytes();
+        if digits.len() != 64 {
+            return Err(error());
+        }
+        let mut key = [0; 32];
+        for (byte, pair) in key.iter_mut().zip(digits.chunks_exact(2)) {
+            let nibble = |digit: u8| char::from(digit).to_digit(16).ok_or_else(error);
+            *byte = (nibble(pair[0])? << 4 | nibble(pair[1])?) as u8;
+        }
+        Ok(WeakKey(key))
+    }
+}
+
+/// What a parent is known by.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct ParentIdentity {
-    /// REAPI's instance name.
+    /// REAPI's instance name, of its subactions.
     pub instance: Arc<str>,
     /// The user whose processes ask; `None` for clients on other machines.
     pub uid: Option<u32>,
-    /// Where the build tool runs, if it can be seen.
-    pub project_root: Option<PathBuf>,
-    /// The build tool's name.
-    pub tool: String,
+    /// What it is, and how that is told from others.
+    pub kind: ParentKind,
+}
+
+/// The kinds of parents.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub enum ParentKind {
+    /// Calls of one run of a build tool.
+    Invocation {
+        /// Where the build tool runs, if it can be seen.
+        project_root: Option<PathBuf>,
+        /// The build tool's name.
+        tool: String,
+    },
+    /// An action whose command runs actions itself.
+    Action(ActionParent),
+}
+
+/// An action whose command runs actions itself.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct ActionParent {
+    /// The instance that it is executed under itself.
+    pub instance: Arc<str>,
+    /// Digest of the `Action` without its input root, and without digest-valued text.
+    pub key: Digest,
+    /// Where its command runs: the name by which people know it, and by which it is known again
+    /// when its command has changed.
+    pub name: String,
 }
 
 impl ParentIdentity {
-    /// The digest of what identifies the parent. The tool counts only where no root is known.
+    /// The digest of what identifies the parent. The tool counts only where no root is known, and
+    /// the name of an action not at all.
     pub fn weak_key(&self) -> WeakKey {
         use std::os::unix::ffi::OsStrExt;
         let mut hasher = Sha256::new();
@@ -52,7 +101,10 @@ impl ParentIdentity {
             hasher.update((bytes.len() as u64).to_be_bytes());
             hasher.update(bytes);
         };
-        field(b"primed invocation parent");
+        field(match &self.kind {
+            ParentKind::Invocation { .. } => b"primed invocation parent",
+            ParentKind::Action(_) => b"primed action parent",
+        });
         field(&(digest_function::Value::Sha256 as i32).to_be_bytes());
         field(self.instance.as_bytes());
         field(
@@ -61,18 +113,37 @@ impl ParentIdentity {
                 .as_ref()
                 .map_or(b"", |uid| uid),
         );
-        match &self.project_root {
-            Some(root) => field(root.as_os_str().as_bytes()),
-            None => field(self.tool.as_bytes()),
+        match &self.kind {
+            ParentKind::Invocation {
+                project_root: Some(root),
+                ..
+            } => field(root.as_os_str().as_bytes()),
+            ParentKind::Invocation { tool, .. } => field(tool.as_bytes()),
+            ParentKind::Action(action) => {
+                field(action.instance.as_bytes());
+                field(action.key.hash());
+            }
         }
         WeakKey(hasher.finalize().into())
     }
 
     /// For people: the tool and where it ran.
     pub fn label(&self) -> String {
-        match &self.project_root {
-            Some(root) => format!("{} in {}", self.tool, root.display()),
-            None => self.tool.clone(),
+        match &self.kind {
+            ParentKind::Invocation {
+                project_root: Some(root),
+                tool,
+            } => format!("{tool} in {}", root.display()),
+            ParentKind::Invocation { tool, .. } => tool.clone(),
+            ParentKind::Action(action) => format!("action in {}", action.name),
+        }
+    }
+
+    /// Where the build tool runs, if that is known.
+    pub fn project_root(&self) -> Option<&Path> {
+        match &self.kind {
+            ParentKind::Invocation { project_root, .. } => project_root.as_deref(),
+            ParentKind::Action(_) => None,
         }
     }
 }
@@ -86,8 +157,23 @@ pub struct Parent {
     pub actions: HashMap<SubactionKey, Arc<BaseAction>>,
     /// Where the files of their input trees came from.
     pub overlays: OverlayTable,
+    /// What it executed as, if it is an action.
+    pub executed: Option<Arc<ExecutedParent>>,
     /// Milliseconds since 1970.
     pub last_seen_unix_ms: i64,
+}
+
+/// An action parent as it was executed.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ExecutedParent {
+    /// Digest of the action.
+    pub action: Digest,
+    /// Its input tree.
+    pub input_root: Digest,
+    /// The digest-valued text of its `Action` and `Command`, in the order in which it stands.
+    pub texts: Vec<String>,
+    /// The files that it wrote: paths relative to what it staged or installed them as, sorted.
+    pub outputs: Vec<(String, Digest)>,
 }
 
 impl Parent {
@@ -97,8 +183,14 @@ impl Parent {
             identity,
             actions: HashMap::new(),
             overlays: OverlayTable::default(),
+            executed: None,
             last_seen_unix_ms: 0,
         }
+    }
+
+    /// The other parents that its overlays name.
+    pub fn dependencies(&self) -> HashSet<WeakKey> {
+        self.overlays.parents()
     }
 }
 
@@ -127,6 +219,8 @@ pub struct BaseAction {
     pub file_system_root: PathBuf,
     /// Where the command runs, relative to the input root.
     pub working_directory: String,
+    /// The distinct digest-valued texts of its `Action` and `Command`.
+    pub texts: Vec<String>,
     /// Files that it wrote: paths relative to the input root, without `.` and `..`.
     pub outputs: Vec<(String, Digest)>,
     /// How long the worker ran it.
@@ -188,18 +282,45 @@ pub fn with_input_root(encoded: &Bytes, input_root: Digest) -> Option<(Digest, B
     Some(Digest::of_message(&action))
 }
 
-/// Where a file of an input tree came from.
+/// Where a file of an input tree came from. A parent is named where it is not the own one.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum Origin {
-    /// A source file, by its absolute path.
-    Source(PathBuf),
+    /// A source file on disk, by its absolute path.
+    Disk(PathBuf),
+    /// A source file of an action parent, by its path in that one's input tree.
+    Tree {
+        /// Whose tree.
+        parent: Option<WeakKey>,
+        /// Path of the file.
+        path: String,
+    },
     /// An output of another subaction: that base action, and the path relative to its input root.
     Action {
+        /// Whose subaction.
+        parent: Option<WeakKey>,
         /// Digest of the base action.
         action: Digest,
         /// Path of the output.
         path: String,
     },
+    /// A file of another parent's finished output.
+    Artifact {
+        /// Whose output.
+        parent: WeakKey,
+        /// Path of the file.
+        path: String,
+    },
+}
+
+impl Origin {
+    /// The other parent that it names.
+    pub fn parent(&self) -> Option<WeakKey> {
+        match self {
+            Origin::Disk(_) => None,
+            Origin::Tree { parent, .. } | Origin::Action { parent, .. } => *parent,
+            Origin::Artifact { parent, .. } => Some(*parent),
+        }
+    }
 }
 
 /// For each file digest in the recorded input trees, all its origins.
@@ -229,14 +350,57 @@ impl OverlayTable {
             .flat_map(|(target, origins)| origins.iter().map(move |origin| (target, origin)))
     }
 
-    /// The distinct source files that overlays name.
-    pub fn sources(&self) -> std::collections::HashSet<&Path> {
+    /// The other parents that overlays name.
+    pub fn parents(&self) -> HashSet<WeakKey> {
+        let origins = self.iter();
+        origins.filter_map(|(_, origin)| origin.parent()).collect()
+    }
+
+    /// The distinct source files on disk that overlays name.
+    pub fn sources(&self) -> HashSet<&Path> {
         self.iter()
             .filter_map(|(_, origin)| match origin {
-                Origin::Source(path) => Some(path.as_path()),
-                Origin::Action { .. } => None,
+                Origin::Disk(path) => Some(path.as_path()),
+                _ => None,
             })
             .collect()
+    }
+}
+
+/// What tests of several modules begin with.
+#[cfg(test)]
+pub mod fixture {
+    use super::*;
+
+    /// An action in `/p` of which nothing is known but its name.
+    pub fn base(name: &str, input_root: Digest) -> BaseAction {
+        BaseAction {
+            digest: Digest::of(name.as_bytes()),
+            encoded: Bytes::new(),
+            input_root,
+            mount: Some("/p".into()),
+            file_system_root: "/".into(),
+            working_directory: String::new(),
+            texts: Vec::new(),
+            outputs: Vec::new(),
+            duration: Duration::ZERO,
+            order: 0,
+            last_seen_unix_ms: 0,
+        }
+    }
+
+    /// An invocation of make in `/p`.
+    pub fn invocation(overlays: OverlayTable) -> Parent {
+        let mut parent = Parent::new(ParentIdentity {
+            instance: "".into(),
+            uid: None,
+            kind: ParentKind::Invocation {
+                project_root: Some("/p".into()),
+                tool: "make".into(),
+            },
+        });
+        parent.overlays = overlays;
+        parent
     }
 }
 
@@ -293,11 +457,14 @@ mod tests {
 
     #[test]
     fn weak_keys_differ_by_every_part_of_the_identity() {
+        let invocation = |root: Option<&str>, tool: &str| ParentKind::Invocation {
+            project_root: root.map(PathBuf::from),
+            tool: tool.to_owned(),
+        };
         let identity = ParentIdentity {
             instance: "".into(),
             uid: Some(1000),
-            project_root: Some("/p".into()),
-            tool: "make".into(),
+            kind: invocation(Some("/p"), "make"),
         };
         let mut keys = vec![identity.weak_key()];
         keys.push(
@@ -316,22 +483,38 @@ mod tests {
         );
         keys.push(
             ParentIdentity {
-                project_root: Some("/q".into()),
+                kind: invocation(Some("/q"), "make"),
                 ..identity.clone()
             }
             .weak_key(),
         );
         keys.push(
             ParentIdentity {
-                project_root: None,
+                kind: invocation(None, "make"),
                 ..identity.clone()
             }
             .weak_key(),
         );
-        let distinct: std::collections::HashSet<_> = keys.iter().collect();
+        let action = |instance: &str, key: &[u8], name: &str| {
+            ParentKind::Action(ActionParent {
+                instance: instance.into(),
+                key: Digest::of(key),
+                name: name.to_owned(),
+            })
+        };
+        let element = |kind| ParentIdentity {
+            kind,
+            ..identity.clone()
+        };
+        keys.push(element(action("", b"a", "a")).weak_key());
+        keys.push(element(action("x", b"a", "a")).weak_key());
+        keys.push(element(action("", b"b", "a")).weak_key());
+        let distinct: HashSet<_> = keys.iter().collect();
         assert_eq!(distinct.len(), keys.len());
+        let renamed = element(action("", b"a", "b")).weak_key();
+        assert_eq!(renamed, element(action("", b"a", "a")).weak_key());
         let other_tool = ParentIdentity {
-            tool: "ninja".into(),
+            kind: invocation(Some("/p"), "ninja"),
             ..identity.clone()
         };
         assert_eq!(other_tool.weak_key(), identity.weak_key());

@@ -170,7 +170,7 @@ fn read_blobs(
                 }
                 blobs.insert(digest, encoded);
             }
-            Blob::Action(encoded) => {
+            Blob::Message(encoded) => {
                 blobs.insert(digest, encoded);
             }
             Blob::File(path) => {

@@ -1,10 +1,14 @@
-//! One parent being primed: while a build of it runs, a task of its own looks at the workspace,
-//! adapts the recorded actions to what changed, uploads what they need and queues them.
+//! Parents being primed: while builds of them run, a task of its own finds out what is known now,
+//! adapts the recorded actions to it, uploads what they need and queues them.
+//!
+//! An invocation is primed by itself, from what its workspace holds. Action parents are primed
+//! together, for what one is being built from, another will be built from next: those that have
+//! been asked for, and those that depend on them.
 //!
 //! Messages are dealt with one after the other. A question is answered when all that came before
 //! it is settled, so "is this digest in flight?" has its answer by then.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -12,14 +16,16 @@ use std::time::Instant;
 
 use tokio::sync::{mpsc, oneshot};
 use tokio_util::task::AbortOnDropHandle;
+use tonic::Status;
 
 use super::activity::{Activities, Activity};
 use super::flights::{FlightKey, Landing, Outcome, ending};
-use super::parent::{Parent, WeakKey};
+use super::known::{CurrentParent, Known};
+use super::parent::{Parent, ParentKind, WeakKey, action_parts};
 use super::prepare::{self, Job, Queue};
 use super::record::output_files;
-use super::schedule::{Outputs, Plan, Ready};
-use super::workshop::Workshop;
+use super::schedule::{Outputs, Plan, PlannedParent, Ready, Results, Share, Subject};
+use super::workshop::{Primed, Workshop};
 use crate::cas::Digest;
 use crate::reapi::ActionResult;
 use crate::task;
@@ -37,46 +43,90 @@ pub struct Priming {
     activities: Activities,
 }
 
+/// What is primed together.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub enum Group {
+    /// An invocation parent.
+    Invocation(WeakKey),
+    /// The action parents that one user executes under one instance.
+    Actions {
+        /// The instance.
+        instance: Arc<str>,
+        /// The user.
+        uid: Option<u32>,
+    },
+}
+
 /// What a priming is told.
 pub enum Message {
-    /// A build has begun, or an earlier one found something else than expected: look at the
-    /// workspace. The number names the build that speculative work is done for.
+    /// A build of an invocation has begun, or an earlier one found something else than expected:
+    /// look at the workspace. The number names the build that speculative work is done for.
     Begin(u64),
+    /// An action parent has been asked for.
+    Opened(Opened),
+    /// An action parent has ended with this output.
+    Closed {
+        /// What it is recorded under.
+        keys: Vec<WeakKey>,
+        /// The files that it wrote, sorted by path.
+        outputs: Arc<Outputs>,
+    },
     /// A client's lookup found nothing. `reply` is dropped when the plan is settled.
     Question {
         /// What was looked up.
-        action: Digest,
+        key: FlightKey,
         /// When.
         asked: Instant,
         /// Closed for an answer.
         reply: oneshot::Sender<()>,
     },
-    /// The records were replaced.
+    /// The records of an invocation were replaced.
     Records(Arc<Parent>),
     /// A client has a result that primed did not bring it.
     Observed {
         /// Of this action.
-        action: Digest,
+        key: FlightKey,
         /// With exit code 0.
         result: Arc<ActionResult>,
     },
 }
 
+/// An action parent that has been asked for.
+pub struct Opened {
+    /// What it is recorded under: once for each instance that its command executes under.
+    pub keys: Vec<WeakKey>,
+    /// What others are recorded under that have its name: it was they before its command changed.
+    pub earlier: Vec<WeakKey>,
+    /// What it is now.
+    pub current: CurrentParent,
+    /// Recorded parents that depend on it, directly or not.
+    pub dependents: Vec<WeakKey>,
+    /// Recorded parents that it, or one of those, depends on.
+    pub dependencies: Vec<WeakKey>,
+    /// Names the build that speculative work is done for.
+    pub build: u64,
+}
+
 impl Priming {
-    /// Starts a priming of the parent that is recorded under `key`.
-    pub fn start(key: WeakKey, workshop: Workshop) -> Self {
+    /// Starts a priming of `group`.
+    pub fn start(group: &Group, workshop: Workshop) -> Self {
         let (mailbox, messages) = mpsc::channel(MAILBOX);
         let activities = workshop.activities.clone();
         let (landed, landings) = mpsc::channel(LANDINGS);
+        let shares = match group {
+            Group::Invocation(key) => BTreeMap::from([(*key, Share::Whole)]),
+            Group::Actions { .. } => BTreeMap::new(),
+        };
         let worker = Worker {
-            key,
-            parent: None,
+            shares,
+            parents: HashMap::new(),
+            known: Known::default(),
             plan: None,
-            results: HashMap::new(),
+            results: Results::new(),
             last_scan: None,
-            build: 0,
+            builds: HashMap::new(),
             landed,
-            preparation: None,
+            preparations: HashMap::new(),
             workshop,
         };
         task::spawn("priming", worker.run(messages, landings));
@@ -95,15 +145,19 @@ impl Priming {
 }
 
 struct Worker {
-    key: WeakKey,
-    parent: Option<Arc<Parent>>,
+    /// What is to be planned.
+    shares: BTreeMap<WeakKey, Share>,
+    /// The records, as far as they were loaded.
+    parents: HashMap<WeakKey, Arc<Parent>>,
+    known: Known,
     plan: Option<Plan>,
-    /// Outputs of adapted actions, of this plan and those before it.
-    results: HashMap<Digest, Outputs>,
+    results: Results,
     last_scan: Option<Scan>,
-    build: u64,
+    /// The builds that speculative work is done for.
+    builds: HashMap<WeakKey, u64>,
     landed: mpsc::Sender<Landing>,
-    preparation: Option<Preparation>,
+    /// For each instance.
+    preparations: HashMap<Arc<str>, Preparation>,
     workshop: Workshop,
 }
 
@@ -136,9 +190,9 @@ impl Worker {
         }
         // What has started, or is waited for, goes on and is still counted.
         let mut flying = Vec::new();
-        for key in self.awaited() {
-            self.workshop.flights.withdraw(&key);
-            flying.extend(self.workshop.flights.watch(&key));
+        for key in self.plan.iter().flat_map(Plan::awaited) {
+            self.workshop.flights.withdraw(key);
+            flying.extend(self.workshop.flights.watch(key));
         }
         let landed = async {
             for mut stage in flying {
@@ -158,27 +212,65 @@ impl Worker {
     async fn deal_with(&mut self, message: Message) {
         match message {
             Message::Begin(build) => {
-                self.build = build;
+                for key in self.shares.keys() {
+                    self.builds.insert(*key, build);
+                }
                 self.look_at_workspace().await;
             }
-            Message::Question {
-                action,
-                asked,
-                reply,
-            } => {
-                let expected = self.plan.as_ref().is_some_and(|plan| plan.awaits(&action));
+            Message::Opened(opened) => {
+                self.open(opened);
+                self.plan().await;
+            }
+            Message::Closed { keys, outputs } => {
+                for key in keys {
+                    // Others may still wait for what its actions wrote.
+                    self.shares.insert(key, Share::OnDemand);
+                    if let Some(current) = self.known.parents.get_mut(&key) {
+                        current.outputs = Some(outputs.clone());
+                    }
+                }
+                self.plan().await;
+            }
+            Message::Question { key, asked, reply } => {
+                let expected = self.plan.as_ref().is_some_and(|plan| plan.awaits(&key));
                 if !expected && self.may_scan_for(asked) {
                     self.look_at_workspace().await;
                 }
                 drop(reply);
             }
             Message::Records(parent) => {
-                self.parent = Some(parent);
+                let key = parent.identity.weak_key();
+                self.parents.insert(key, parent);
                 self.look_at_workspace().await;
             }
-            Message::Observed { action, result } => {
-                self.complete(action, Some(&result), true).await;
+            Message::Observed { key, result } => {
+                self.complete(&key, Some(&result), true).await;
             }
+        }
+    }
+
+    fn open(&mut self, opened: Opened) {
+        let Opened {
+            keys,
+            earlier,
+            current,
+            dependents,
+            dependencies,
+            build,
+        } = opened;
+        for key in keys.iter().chain(&earlier) {
+            self.known.parents.insert(*key, current.clone());
+        }
+        for key in &keys {
+            self.builds.insert(*key, build);
+        }
+        for key in keys.iter().chain(&dependents) {
+            // They may have been recorded again since.
+            self.parents.remove(key);
+            self.shares.insert(*key, Share::Whole);
+        }
+        for key in dependencies {
+            self.shares.entry(key).or_insert(Share::OnDemand);
         }
     }
 
@@ -194,17 +286,14 @@ impl Worker {
         }
     }
 
-    /// Compares the sources with what was recorded and plans anew if they changed since the last
-    /// plan. What was queued for another state of the sources is withdrawn.
+    /// Compares the sources on disk with what was recorded, and plans anew if they changed.
     async fn look_at_workspace(&mut self) {
-        let Some(parent) = self.parent().await else {
-            return;
-        };
+        self.load_parents().await;
         let began = Instant::now();
         let index = self.workshop.index.clone();
-        let scanned = parent.clone();
-        let sources = task::blocking("workspace scan", move || {
-            let sources = scanned.overlays.sources().into_iter();
+        let parents: Vec<_> = self.parents.values().cloned().collect();
+        let disk = task::blocking("workspace scan", move || {
+            let sources = parents.iter().flat_map(|parent| parent.overlays.sources());
             sources
                 .map(|path| (path.to_owned(), index.digest(path).ok()))
                 .collect::<HashMap<PathBuf, Option<Digest>>>()
@@ -214,34 +303,65 @@ impl Worker {
             began,
             ended: Instant::now(),
         });
-        let Some(sources) = sources else {
-            return;
-        };
-        let same = |plan: &Plan| *plan.sources() == sources && Arc::ptr_eq(plan.parent(), &parent);
-        if self.plan.as_ref().is_some_and(same) {
+        if let Some(disk) = disk {
+            self.known.disk = disk;
+            self.plan().await;
+        }
+    }
+
+    async fn load_parents(&mut self) {
+        let parents = &self.parents;
+        let absent = self.shares.keys().filter(|key| !parents.contains_key(key));
+        let absent: Vec<WeakKey> = absent.copied().collect();
+        if absent.is_empty() {
             return;
         }
-        let roots: Vec<Digest> = parent
-            .actions
-            .values()
-            .map(|base| base.input_root)
-            .collect();
-        let instance = parent.identity.instance.clone();
-        let workshop = &self.workshop;
-        let trees = match workshop
-            .directories
-            .load(&workshop.cas, &instance, roots)
-            .await
-        {
-            Ok(trees) => trees,
+        let store = self.workshop.store.clone();
+        let loaded = task::blocking("loading records", move || {
+            let loaded = absent.into_iter().map(|key| (key, store.load(key)));
+            loaded.collect::<Vec<_>>()
+        })
+        .await;
+        for (key, parent) in loaded.into_iter().flatten() {
+            match parent {
+                Ok(Some(parent)) => {
+                    self.parents.insert(key, Arc::new(parent));
+                }
+                Ok(None) => {}
+                Err(error) => {
+                    tracing::warn!(%error, "records cannot be read; nothing is primed");
+                }
+            }
+        }
+    }
+
+    /// Plans anew if anything changed since the last plan. What was queued for another state of
+    /// things is withdrawn.
+    async fn plan(&mut self) {
+        self.load_parents().await;
+        let planned = self.shares.iter().filter_map(|(key, share)| {
+            let parent = self.parents.get(key)?.clone();
+            Some(PlannedParent {
+                parent,
+                share: *share,
+            })
+        });
+        let parents: Vec<PlannedParent> = planned.collect();
+        let known = &self.known;
+        let same = |plan: &Plan| plan.is_about(&parents, known);
+        if parents.is_empty() || self.plan.as_ref().is_some_and(same) {
+            return;
+        }
+        let subject = match self.subject(parents).await {
+            Ok(subject) => subject,
             Err(status) => {
-                tracing::warn!(parent = parent.identity.label(), %status, "input trees cannot be read; nothing is primed");
+                tracing::warn!(%status, "input trees cannot be read; nothing is primed");
                 return;
             }
         };
         let results = std::mem::take(&mut self.results);
         let planned = task::blocking("planning", move || {
-            let mut plan = Plan::new(parent, trees, sources);
+            let mut plan = Plan::new(subject);
             let ready = plan.start(&results);
             (plan, ready, results)
         })
@@ -252,97 +372,131 @@ impl Worker {
         self.results = results;
         let superseded = self.plan.replace(plan);
         if let (Some(old), Some(new)) = (superseded, &self.plan) {
-            for action in old.awaited().filter(|action| !new.awaits(action)) {
-                self.workshop.flights.withdraw(&flight(&instance, *action));
+            for key in old.awaited().filter(|key| !new.awaits(key)) {
+                self.workshop.flights.withdraw(key);
             }
         }
         self.report_unadaptable();
         self.launch(ready);
     }
 
-    async fn parent(&mut self) -> Option<Arc<Parent>> {
-        if self.parent.is_none() {
-            let store = self.workshop.store.clone();
-            let key = self.key;
-            self.parent = match task::blocking("loading records", move || store.load(key)).await? {
-                Ok(parent) => parent.map(Arc::new),
-                Err(error) => {
-                    tracing::warn!(%error, "records cannot be read; nothing is primed");
-                    None
-                }
-            };
+    /// What a plan for `parents` needs to know.
+    async fn subject(&self, parents: Vec<PlannedParent>) -> Result<Subject, Status> {
+        let Workshop {
+            cas, directories, ..
+        } = &self.workshop;
+        let mut roots: HashMap<Arc<str>, Vec<Digest>> = HashMap::new();
+        let mut commands: HashMap<Arc<str>, Vec<Digest>> = HashMap::new();
+        for PlannedParent { parent, .. } in &parents {
+            let identity = &parent.identity;
+            let bases = parent.actions.values();
+            let of_bases = roots.entry(identity.instance.clone()).or_default();
+            of_bases.extend(bases.clone().map(|base| base.input_root));
+            let with_texts = bases.filter(|base| !base.texts.is_empty());
+            let with_texts = with_texts.filter_map(|base| action_parts(&base.encoded).ok());
+            let of_bases = commands.entry(identity.instance.clone()).or_default();
+            of_bases.extend(with_texts.map(|parts| parts.command));
+            if let ParentKind::Action(action) = &identity.kind
+                && let Some(current) = self.known.parents.get(&identity.weak_key())
+            {
+                let of_parents = roots.entry(action.instance.clone()).or_default();
+                of_parents.push(current.input_root);
+            }
         }
-        self.parent.clone()
+        let mut subject = Subject {
+            parents,
+            known: self.known.clone(),
+            ..Subject::default()
+        };
+        for (instance, roots) in roots {
+            subject
+                .trees
+                .extend(directories.load(cas, &instance, roots).await?);
+        }
+        for (instance, digests) in commands {
+            subject
+                .commands
+                .extend(cas.fetch(&instance, digests).await?);
+        }
+        Ok(subject)
     }
 
     /// Announces what is ready, at once and all together, and has it prepared.
     fn launch(&mut self, ready: Vec<Ready>) {
-        let Some(parent) = &self.parent else {
-            return;
-        };
-        let instance = parent.identity.instance.clone();
-        let mut jobs = Vec::with_capacity(ready.len());
+        let mut jobs: HashMap<Arc<str>, Vec<Job>> = HashMap::new();
         for ready in ready {
-            let key = flight(&instance, ready.adapted.action);
+            let key = ready.key.clone();
+            let instance = key.instance.clone();
             if let Some(announcement) = self.workshop.flights.announce(key, &self.landed) {
                 let activity = self.workshop.activities.begin();
-                jobs.push(Job {
+                jobs.entry(instance).or_default().push(Job {
                     announcement,
                     ready,
                     activity,
                 });
             }
         }
-        if jobs.is_empty() {
-            return;
+        for (instance, jobs) in jobs {
+            tracing::debug!(%instance, actions = jobs.len(), "adapted");
+            let workshop = &self.workshop;
+            let preparation = self
+                .preparations
+                .entry(instance)
+                .or_insert_with_key(|instance| {
+                    let queue = Arc::new(Queue::default());
+                    let run = prepare::run(workshop.clone(), instance.clone(), queue.clone());
+                    Preparation {
+                        queue,
+                        _task: AbortOnDropHandle::new(task::spawn("preparation", run)),
+                    }
+                });
+            preparation.queue.push(jobs);
         }
-        tracing::debug!(
-            parent = parent.identity.label(),
-            actions = jobs.len(),
-            "adapted"
-        );
-        let workshop = &self.workshop;
-        let preparation = self.preparation.get_or_insert_with(|| {
-            let queue = Arc::new(Queue::default());
-            let run = prepare::run(workshop.clone(), instance, queue.clone());
-            Preparation {
-                queue,
-                _task: AbortOnDropHandle::new(task::spawn("preparation", run)),
-            }
-        });
-        preparation.queue.push(jobs);
     }
 
     async fn land(&mut self, landing: Landing, go_on: bool) {
-        let action = landing.key.action;
+        let key = landing.key;
         match landing.outcome {
             Outcome::Primed(result) => {
-                // The engine is told last of all, by a channel that it drains promptly.
-                let _ = self.workshop.primed.send(self.build).await;
-                self.complete(action, Some(&result), go_on).await;
+                self.tell_primed(&key).await;
+                self.complete(&key, Some(&result), go_on).await;
             }
-            Outcome::Cached(result) => self.complete(action, Some(&result), go_on).await,
-            Outcome::Failed => self.complete(action, None, go_on).await,
+            Outcome::Cached(result) => self.complete(&key, Some(&result), go_on).await,
+            Outcome::Failed => self.complete(&key, None, go_on).await,
             // The client may yet execute it, and then it is observed.
             Outcome::Abandoned => {}
         }
     }
 
-    async fn complete(&mut self, action: Digest, result: Option<&ActionResult>, go_on: bool) {
-        let (Some(plan), Some(parent)) = (&self.plan, &self.parent) else {
-            return;
-        };
-        let Some(directory) = plan.working_directory(&action) else {
+    /// Tells the engine for whom a result was primed. Of one that no plan awaits any more, it is
+    /// told that it was for the parent that began last.
+    async fn tell_primed(&self, key: &FlightKey) {
+        let recorded = self.plan.as_ref().and_then(|plan| plan.recorded(key));
+        let parent = recorded.map(|(_, parent)| parent);
+        let parent = parent.or_else(|| {
+            let latest = self.builds.iter().max_by_key(|(_, build)| **build);
+            latest.map(|(parent, _)| *parent)
+        });
+        if let Some(parent) = parent {
+            let build = self.builds.get(&parent).copied();
+            // The engine is told last of all, by a channel that it drains promptly.
+            let _ = self.workshop.primed.send(Primed { parent, build }).await;
+        }
+    }
+
+    async fn complete(&mut self, key: &FlightKey, result: Option<&ActionResult>, go_on: bool) {
+        let recorded = self.plan.as_ref().and_then(|plan| plan.recorded(key));
+        let Some((base, _)) = recorded else {
             // Of a plan that was superseded.
             return;
         };
-        let instance = &parent.identity.instance;
+        let directory = &base.working_directory;
         let outputs = match result {
             Some(result) => {
-                match output_files(&self.workshop.cas, instance, directory, result).await {
+                match output_files(&self.workshop.cas, &key.instance, directory, result).await {
                     Ok(outputs) => Some(outputs),
                     Err(status) => {
-                        tracing::debug!(%action, %status, "outputs cannot be read");
+                        tracing::debug!(action = %key.action, %status, "outputs cannot be read");
                         None
                     }
                 }
@@ -350,14 +504,15 @@ impl Worker {
             None => None,
         };
         if let Some(outputs) = &outputs {
-            self.results.insert(action, outputs.clone());
+            self.results.insert(key.clone(), outputs.clone());
         }
         let Some(mut plan) = self.plan.take() else {
             return;
         };
         let results = std::mem::take(&mut self.results);
+        let key = key.clone();
         let advanced = task::blocking("planning", move || {
-            let ready = plan.complete(action, outputs, &results);
+            let ready = plan.complete(&key, outputs, &results);
             (plan, ready, results)
         })
         .await;
@@ -385,24 +540,7 @@ impl Worker {
             self.workshop
                 .unadaptable
                 .fetch_add(actions, Ordering::Relaxed);
-            let parent = plan.parent().identity.label();
-            tracing::info!(parent, actions, example = %reason, "recorded actions cannot be adapted");
+            tracing::info!(actions, example = %reason, "recorded actions cannot be adapted");
         }
-    }
-
-    fn awaited(&self) -> impl Iterator<Item = FlightKey> {
-        let instance = self
-            .parent
-            .as_ref()
-            .map(|parent| parent.identity.instance.clone());
-        let awaited = self.plan.iter().flat_map(Plan::awaited);
-        awaited.filter_map(move |action| Some(flight(instance.as_ref()?, *action)))
-    }
-}
-
-fn flight(instance: &Arc<str>, action: Digest) -> FlightKey {
-    FlightKey {
-        instance: instance.clone(),
-        action,
     }
 }

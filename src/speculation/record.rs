@@ -12,10 +12,11 @@ use tonic::Status;
 
 use super::parent::{BaseAction, Parent, SubactionKey, action_parts};
 use super::schedule::Outputs;
+use super::texts::texts_of;
 use crate::cas::Digest;
 use crate::cas::digest::required;
 use crate::cas::transfer::Cas;
-use crate::reapi::{ActionResult, Command, Directory, ExecutedActionMetadata, Tree};
+use crate::reapi::{Action, ActionResult, Command, Directory, ExecutedActionMetadata, Tree};
 
 /// An action that a build executed, or found in the action cache.
 #[derive(Clone, Debug)]
@@ -106,12 +107,21 @@ fn base_action(
         input_root: parts.input_root,
         mount,
         file_system_root: subaction.file_system_root.clone(),
+        texts: distinct_texts(encoded, &command),
         working_directory: command.working_directory,
         outputs: Vec::new(),
         duration: Duration::ZERO,
         order: subaction.order,
         last_seen_unix_ms: 0,
     })
+}
+
+fn distinct_texts(encoded: &Bytes, command: &Command) -> Vec<String> {
+    let action = Action::decode(encoded.clone()).unwrap_or_default();
+    let mut texts = texts_of(&action, command);
+    texts.sort_unstable();
+    texts.dedup();
+    texts
 }
 
 /// Puts recorded actions in the place of what they replace: their own earlier form, and any other

@@ -9,7 +9,7 @@ use tokio::sync::{mpsc, oneshot};
 use super::activity::Activity;
 use super::callers::Caller;
 use super::flights::FlightKey;
-use super::generate::generate;
+use super::generate::{Sources, generate};
 use super::parent::{Parent, ParentIdentity, WeakKey};
 use super::record::{Subaction, record};
 use super::workshop::Workshop;
@@ -132,7 +132,7 @@ async fn record_build(
     let label = parent.identity.label();
     let saved = task::blocking("generation", move || {
         let actions: Vec<_> = parent.actions.values().cloned().collect();
-        parent.overlays = generate(&actions, &trees, &index, mode);
+        parent.overlays = generate(&actions, &trees, &Sources::Disk(&index), mode);
         let dropped = store.save(&parent, &index.take_unsaved());
         (Arc::new(parent), dropped)
     })

@@ -1,13 +1,20 @@
 //! Where "current" comes from: one ordered policy that answers what a recorded file is now.
 //!
-//! Of all origins of a digest, the one that fits the file's own path comes first: two files with
-//! the same content (both empty, say) are told apart by it. Otherwise SOURCE comes before ACTION.
+//! All origins of its digest are asked: SOURCE (the disk, the own parent's tree, other parents'
+//! trees), then ACTION (own, then others'), then ARTIFACT. Each kind answers with a digest, with
+//! what must be waited for, or not at all, and then the next is asked. A file that nobody knows
+//! anything of is as it was recorded.
+//!
+//! Where a kind has several origins of one digest, those whose path is nearest to the file's own
+//! count: two files with the same content (both empty, say) are told apart by it.
 
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 
-use super::parent::{BaseAction, Origin, OverlayTable};
+use super::known::{Known, find_file, find_output};
+use super::parent::{BaseAction, Origin, Parent, WeakKey};
 use crate::cas::Digest;
+use crate::cas::directories::Trees;
 
 /// Index of an action in its plan.
 pub type Node = usize;
@@ -28,65 +35,121 @@ pub struct TreeFile<'a> {
 /// What a recorded file is now.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Current<'a> {
-    /// It has no origin: taken to be as it was.
+    /// Nothing is known of it: taken to be as it was.
     Recorded,
-    /// That source file, with this digest.
+    /// That source file on disk, with this digest.
     Source(&'a Path, Digest),
-    /// An output of an action that is done.
-    Output(Digest),
+    /// A file that the CAS holds: of a parent's tree, or an output of what is done.
+    Stored(Digest),
     /// Known once that action of the plan is done.
     Pending(Node),
+    /// Known once a parent that is under way has ended.
+    Awaited,
     /// There is no such file any more.
     Vanished(PathBuf),
 }
 
-/// What is known of source files now: their digest, or `None` where there is no such file.
-pub type Sources = HashMap<PathBuf, Option<Digest>>;
-
-/// Resolves overlays of one parent.
+/// Resolves the overlays of one parent.
 pub struct Resolver<'a> {
-    /// All overlays of the parent.
-    pub overlays: &'a OverlayTable,
-    /// The source files that they name, as they are now.
-    pub sources: &'a Sources,
-    /// The actions that they name.
-    pub producers: &'a HashMap<Digest, Node>,
+    /// The weak key of the parent.
+    pub key: WeakKey,
+    /// Its records.
+    pub parent: &'a Parent,
+    /// What is known now.
+    pub known: &'a Known,
+    /// The directories of all trees.
+    pub trees: &'a Trees,
+    /// The actions of the plan, by their parent and digest.
+    pub producers: &'a HashMap<(WeakKey, Digest), Node>,
+}
+
+/// The kinds of origins, strongest first.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+enum Kind {
+    Disk,
+    OwnTree,
+    OtherTree,
+    OwnAction,
+    OtherAction,
+    Artifact,
+}
+
+impl Kind {
+    fn of(origin: &Origin) -> Self {
+        match origin {
+            Origin::Disk(_) => Kind::Disk,
+            Origin::Tree { parent: None, .. } => Kind::OwnTree,
+            Origin::Tree { .. } => Kind::OtherTree,
+            Origin::Action { parent: None, .. } => Kind::OwnAction,
+            Origin::Action { .. } => Kind::OtherAction,
+            Origin::Artifact { .. } => Kind::Artifact,
+        }
+    }
 }
 
 impl Resolver<'_> {
     /// What `file` is now. `output` tells what an action of the plan has written to a path, or
-    /// `None` while it is not done. A file without an origin stays as it was recorded.
+    /// `None` while it is not done.
     pub fn resolve<'b>(
         &'b self,
         file: TreeFile<'_>,
         output: impl Fn(Node, &str) -> Option<Option<Digest>>,
     ) -> Current<'b> {
         let mut vanished = None;
+        let mut awaited = false;
         for origin in self.candidates(file) {
-            match origin {
-                Origin::Source(path) => match self.sources.get(path) {
+            let found = match origin {
+                Origin::Disk(path) => match self.known.disk.get(path) {
                     Some(Some(digest)) => return Current::Source(path, *digest),
-                    Some(None) | None => vanished.get_or_insert_with(|| path.clone()),
+                    Some(None) | None => None,
                 },
-                Origin::Action { action, path } => match self.producers.get(action) {
+                Origin::Tree { parent, path } => match self.current(*parent) {
+                    Some(now) => find_file(self.trees, now.input_root, path),
                     None => continue,
-                    Some(producer) => match output(*producer, path) {
-                        None => return Current::Pending(*producer),
-                        Some(Some(digest)) => return Current::Output(digest),
-                        Some(None) => vanished.get_or_insert_with(|| PathBuf::from(path)),
+                },
+                Origin::Action { action, path, .. } => match self.producer(origin, action) {
+                    Some(producer) => match output(producer, path) {
+                        Some(found) => found,
+                        None => return Current::Pending(producer),
                     },
+                    None => continue,
+                },
+                Origin::Artifact { parent, path } => match self.current(Some(*parent)) {
+                    Some(now) => match &now.outputs {
+                        Some(outputs) => find_output(outputs, path),
+                        None => {
+                            awaited = true;
+                            continue;
+                        }
+                    },
+                    None => continue,
                 },
             };
+            match found {
+                Some(digest) => return Current::Stored(digest),
+                None => vanished = vanished.or(Some(path_of(origin))),
+            }
         }
         match vanished {
+            _ if awaited => Current::Awaited,
             Some(path) => Current::Vanished(path),
             None => Current::Recorded,
         }
     }
 
-    /// The origins of `file`, strongest first. If any fits its path, only those count.
+    fn current(&self, parent: Option<WeakKey>) -> Option<&super::known::CurrentParent> {
+        self.known.parents.get(&parent.unwrap_or(self.key))
+    }
+
+    fn producer(&self, origin: &Origin, action: &Digest) -> Option<Node> {
+        let parent = origin.parent().unwrap_or(self.key);
+        self.producers.get(&(parent, *action)).copied()
+    }
+
+    /// The origins of `file`, strongest first; of each kind those nearest to its path.
     fn candidates<'b>(&'b self, file: TreeFile<'_>) -> Vec<&'b Origin> {
         let mut origins: Vec<&Origin> = self
+            .parent
             .overlays
             .origins(&file.digest)
             .iter()
@@ -94,21 +157,42 @@ impl Resolver<'_> {
             .collect();
         if origins.len() > 1 {
             let places: Vec<PathBuf> = roots(file.base).map(|root| root.join(file.path)).collect();
-            let fits = |origin: &&Origin| match origin {
-                Origin::Source(path) => places.contains(path),
-                Origin::Action { path, .. } => path == file.path,
+            let at_its_place = |origin: &&Origin| match origin {
+                Origin::Disk(path) => places.contains(path),
+                Origin::Action {
+                    parent: None, path, ..
+                } => path == file.path,
+                _ => false,
             };
-            if origins.iter().any(fits) {
-                origins.retain(fits);
+            // A file that stands where an own action writes is not some file on disk like it, nor
+            // the other way round.
+            if origins.iter().any(at_its_place) {
+                origins.retain(|origin| {
+                    at_its_place(origin)
+                        || !matches!(Kind::of(origin), Kind::Disk | Kind::OwnAction)
+                });
             }
-            origins.sort_by_key(|origin| matches!(origin, Origin::Action { .. }));
+            let nearness = |origin: &Origin| match origin {
+                Origin::Disk(_) => 0,
+                Origin::Tree { path, .. }
+                | Origin::Action { path, .. }
+                | Origin::Artifact { path, .. } => common_end(path, file.path),
+            };
+            let mut nearest: HashMap<(Kind, Option<WeakKey>), usize> = HashMap::new();
+            let class = |origin: &Origin| (Kind::of(origin), origin.parent());
+            for origin in &origins {
+                let best = nearest.entry(class(origin)).or_default();
+                *best = nearness(origin).max(*best);
+            }
+            origins.retain(|origin| nearness(origin) == nearest[&class(origin)]);
+            origins.sort_by_key(|origin| Kind::of(origin));
         }
         origins
     }
 
     /// Whether what `file` is depends on which action reads it: on one that writes it itself.
     pub fn is_read_by_its_writer(&self, file: TreeFile<'_>) -> bool {
-        let origins = self.overlays.origins(&file.digest);
+        let origins = self.parent.overlays.origins(&file.digest);
         origins
             .iter()
             .any(|origin| self.is_own_output(file, origin))
@@ -117,8 +201,23 @@ impl Resolver<'_> {
     /// An action that rewrites one of its inputs does not wait for itself.
     fn is_own_output(&self, file: TreeFile<'_>, origin: &Origin) -> bool {
         matches!(origin, Origin::Action { action, .. }
-            if self.producers.get(action) == Some(&file.node))
+            if self.producer(origin, action) == Some(file.node))
     }
+}
+
+fn path_of(origin: &Origin) -> PathBuf {
+    match origin {
+        Origin::Disk(path) => path.clone(),
+        Origin::Tree { path, .. } | Origin::Action { path, .. } | Origin::Artifact { path, .. } => {
+            PathBuf::from(path)
+        }
+    }
+}
+
+/// How many names two paths have in common, counted from their ends.
+fn common_end(one: &str, other: &str) -> usize {
+    let names = one.rsplit('/').zip(other.rsplit('/'));
+    names.take_while(|(one, other)| one == other).count()
 }
 
 /// The directories on disk that the root of an input tree may stand for: the mount, or (for
@@ -131,56 +230,132 @@ pub fn roots(base: &BaseAction) -> impl Iterator<Item = &Path> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::time::Duration;
-
-    fn base(mount: &str) -> BaseAction {
-        BaseAction {
-            digest: Digest::of(mount.as_bytes()),
-            encoded: bytes::Bytes::new(),
-            input_root: Digest::of(b""),
-            mount: Some(mount.into()),
-            file_system_root: "/".into(),
-            working_directory: String::new(),
-            outputs: Vec::new(),
-            duration: Duration::ZERO,
-            order: 0,
-            last_seen_unix_ms: 0,
-        }
-    }
+    use crate::cas::directories::Directory;
+    use crate::reapi;
+    use crate::speculation::known::CurrentParent;
+    use crate::speculation::parent::{OverlayTable, fixture};
+    use std::sync::Arc;
 
     fn digest(text: &str) -> Digest {
         Digest::of(text.as_bytes())
     }
 
-    #[test]
-    fn of_equal_files_the_one_at_the_same_path_decides() {
-        let empty = digest("");
-        let mut overlays = OverlayTable::default();
-        overlays.add(empty, Origin::Source("/p/a.h".into()));
-        overlays.add(empty, Origin::Source("/p/b.h".into()));
-        overlays.add(empty, Origin::Source("/usr/include/c.h".into()));
-        let sources: Sources = [
-            ("/p/a.h".into(), Some(digest("a"))),
-            ("/p/b.h".into(), Some(digest("b"))),
-            ("/usr/include/c.h".into(), None),
-        ]
-        .into();
-        let producers = HashMap::new();
-        let resolver = Resolver {
-            overlays: &overlays,
-            sources: &sources,
-            producers: &producers,
-        };
-        let base = base("/p");
-        let resolve = |path| {
+    /// Records of one parent, and what is known.
+    #[derive(Default)]
+    struct Scene {
+        overlays: OverlayTable,
+        known: Known,
+        trees: Trees,
+        producers: HashMap<(WeakKey, Digest), Node>,
+    }
+
+    const OTHER: WeakKey = WeakKey([7; 32]);
+
+    impl Scene {
+        fn origin(mut self, content: &str, origin: Origin) -> Self {
+            self.overlays.add(digest(content), origin);
+            self
+        }
+
+        fn disk(mut self, path: &str, now: Option<&str>) -> Self {
+            self.known.disk.insert(path.into(), now.map(digest));
+            self
+        }
+
+        /// The own parent's or another's tree has one file now, and that one's output is known.
+        fn parent(
+            mut self,
+            key: WeakKey,
+            file: (&str, &str),
+            outputs: Option<(&str, &str)>,
+        ) -> Self {
+            let (root, encoded) = Digest::of_message(&reapi::Directory {
+                files: vec![reapi::FileNode {
+                    name: file.0.to_owned(),
+                    digest: Some(digest(file.1).to_proto()),
+                    ..reapi::FileNode::default()
+                }],
+                ..reapi::Directory::default()
+            });
+            self.trees
+                .insert(root, Arc::new(Directory::parse(encoded).unwrap()));
+            let outputs = outputs.map(|(path, content)| vec![(path.to_owned(), digest(content))]);
+            let current = CurrentParent {
+                input_root: root,
+                texts: Arc::default(),
+                outputs: outputs.map(Arc::new),
+            };
+            self.known.parents.insert(key, current);
+            self
+        }
+
+        /// What the file of node 0 at `path` is, when `done` have written "output" to "x".
+        fn resolve(&self, path: &str, content: &str, done: &[Node]) -> Current<'static> {
+            let parent = fixture::invocation(self.overlays.clone());
+            let resolver = Resolver {
+                key: parent.identity.weak_key(),
+                parent: &parent,
+                known: &self.known,
+                trees: &self.trees,
+                producers: &self.producers,
+            };
+            let base = fixture::base("reader", digest("root"));
             let file = TreeFile {
                 node: 0,
                 base: &base,
                 path,
-                digest: empty,
+                digest: digest(content),
             };
-            resolver.resolve(file, |_, _| None)
-        };
+            let output = |node: Node, path: &str| {
+                let written = (path == "x").then(|| digest("output"));
+                done.contains(&node).then_some(written)
+            };
+            match resolver.resolve(file, output) {
+                Current::Source(path, digest) => {
+                    Current::Source(Box::leak(path.to_owned().into_boxed_path()), digest)
+                }
+                Current::Recorded => Current::Recorded,
+                Current::Stored(digest) => Current::Stored(digest),
+                Current::Pending(node) => Current::Pending(node),
+                Current::Awaited => Current::Awaited,
+                Current::Vanished(path) => Current::Vanished(path),
+            }
+        }
+    }
+
+    fn disk(path: &str) -> Origin {
+        Origin::Disk(path.into())
+    }
+
+    fn tree(parent: Option<WeakKey>, path: &str) -> Origin {
+        let path = path.to_owned();
+        Origin::Tree { parent, path }
+    }
+
+    fn action(parent: Option<WeakKey>, action: &str, path: &str) -> Origin {
+        Origin::Action {
+            parent,
+            action: digest(action),
+            path: path.to_owned(),
+        }
+    }
+
+    fn own() -> WeakKey {
+        fixture::invocation(OverlayTable::default())
+            .identity
+            .weak_key()
+    }
+
+    #[test]
+    fn of_equal_files_the_one_at_the_same_path_decides() {
+        let scene = Scene::default()
+            .origin("", disk("/p/a.h"))
+            .origin("", disk("/p/b.h"))
+            .origin("", disk("/usr/include/c.h"))
+            .disk("/p/a.h", Some("a"))
+            .disk("/p/b.h", Some("b"))
+            .disk("/usr/include/c.h", None);
+        let resolve = |path| scene.resolve(path, "", &[]);
         assert_eq!(
             resolve("a.h"),
             Current::Source(Path::new("/p/a.h"), digest("a"))
@@ -189,66 +364,88 @@ mod tests {
             resolve("b.h"),
             Current::Source(Path::new("/p/b.h"), digest("b"))
         );
+        let gone = Current::Vanished("/usr/include/c.h".into());
+        assert_eq!(resolve("usr/include/c.h"), gone);
+    }
+
+    #[test]
+    fn of_equal_files_in_a_tree_the_one_with_the_nearest_path_decides() {
+        let scene = Scene::default()
+            .origin("", tree(None, "a.h"))
+            .origin("", tree(None, "b.h"))
+            .parent(own(), ("b.h", "b"), None);
         assert_eq!(
-            resolve("usr/include/c.h"),
-            Current::Vanished("/usr/include/c.h".into())
+            scene.resolve("include/b.h", "", &[]),
+            Current::Stored(digest("b"))
         );
+        let gone = Current::Vanished("a.h".into());
+        assert_eq!(scene.resolve("a.h", "", &[]), gone);
     }
 
     #[test]
     fn sources_come_before_actions_and_a_file_of_no_origin_stays() {
-        let both = digest("both");
-        let made = digest("made");
-        let maker = digest("maker");
-        let mut overlays = OverlayTable::default();
-        overlays.add(
-            both,
-            Origin::Action {
-                action: maker,
-                path: "x".into(),
-            },
-        );
-        overlays.add(both, Origin::Source("/p/y".into()));
-        overlays.add(
-            made,
-            Origin::Action {
-                action: maker,
-                path: "x".into(),
-            },
-        );
-        let sources: Sources = [("/p/y".into(), Some(digest("source")))].into();
-        let producers: HashMap<_, _> = [(maker, 7)].into();
-        let resolver = Resolver {
-            overlays: &overlays,
-            sources: &sources,
-            producers: &producers,
+        let mut scene = Scene::default()
+            .origin("both", action(None, "maker", "x"))
+            .origin("both", disk("/p/y"))
+            .origin("made", action(None, "maker", "x"))
+            .origin("own", action(None, "reader", "x"))
+            .disk("/p/y", Some("source"));
+        scene.producers.insert((own(), digest("maker")), 7);
+        scene.producers.insert((own(), digest("reader")), 0);
+        let resolve = |content, done: &[Node]| scene.resolve("elsewhere", content, done);
+        let source = Current::Source(Path::new("/p/y"), digest("source"));
+        assert_eq!(resolve("both", &[]), source);
+        assert_eq!(resolve("made", &[]), Current::Pending(7));
+        assert_eq!(resolve("made", &[7]), Current::Stored(digest("output")));
+        assert_eq!(resolve("own", &[0]), Current::Recorded, "not itself");
+        assert_eq!(resolve("unknown", &[7]), Current::Recorded);
+    }
+
+    #[test]
+    fn a_file_of_another_parent_is_what_is_known_of_that_one_first() {
+        let artifact = |path: &str| Origin::Artifact {
+            parent: OTHER,
+            path: path.to_owned(),
         };
-        let base = base("/p");
-        let file = |node, digest| TreeFile {
-            node,
-            base: &base,
-            path: "elsewhere",
-            digest,
+        let scene = || {
+            Scene::default()
+                .origin("a", tree(None, "own"))
+                .origin("a", tree(Some(OTHER), "other"))
+                .origin("a", artifact("installed"))
+                .origin("built", artifact("installed"))
         };
-        let done = |_: Node, path: &str| (path == "x").then(|| Some(self::digest("output")));
+        let resolve = |scene: &Scene, content| scene.resolve("p", content, &[]);
+        let nothing_known = scene();
+        assert_eq!(resolve(&nothing_known, "a"), Current::Recorded);
+        assert_eq!(resolve(&nothing_known, "built"), Current::Recorded);
+        let begun = scene().parent(OTHER, ("other", "its source"), None);
+        assert_eq!(resolve(&begun, "a"), Current::Stored(digest("its source")));
+        assert_eq!(resolve(&begun, "built"), Current::Awaited);
+        let ended = scene().parent(OTHER, ("z", ""), Some(("installed", "artifact")));
         assert_eq!(
-            resolver.resolve(file(0, both), done),
-            Current::Source(Path::new("/p/y"), digest("source"))
+            resolve(&ended, "built"),
+            Current::Stored(digest("artifact"))
         );
         assert_eq!(
-            resolver.resolve(file(0, made), |_, _| None),
-            Current::Pending(7)
+            resolve(&ended, "a"),
+            Current::Stored(digest("artifact")),
+            "its source is gone"
         );
+        let asked_for = begun.parent(own(), ("own", "own source"), None);
         assert_eq!(
-            resolver.resolve(file(0, made), done),
-            Current::Output(digest("output"))
+            resolve(&asked_for, "a"),
+            Current::Stored(digest("own source"))
         );
-        assert_eq!(
-            resolver.resolve(file(7, made), done),
-            Current::Recorded,
-            "not itself"
-        );
-        let unknown = digest("unknown");
-        assert_eq!(resolver.resolve(file(0, unknown), done), Current::Recorded);
+    }
+
+    #[test]
+    fn actions_of_other_parents_are_waited_for_after_own_ones() {
+        let mut scene = Scene::default()
+            .origin("a", action(Some(OTHER), "maker", "x"))
+            .origin("a", action(None, "maker", "x"));
+        scene.producers.insert((OTHER, digest("maker")), 8);
+        assert_eq!(scene.resolve("x", "a", &[]), Current::Pending(8));
+        scene.producers.insert((own(), digest("maker")), 7);
+        assert_eq!(scene.resolve("x", "a", &[]), Current::Pending(7));
     }
 }

@@ -1,50 +1,98 @@
-//! The graph of one parent's actions: nodes are base actions, edges ACTION overlays. It says what
-//! can be instantiated now, takes in what has completed, and orders what is ready by the longest
+//! The graph of recorded actions: nodes are base actions, edges ACTION overlays. It says what can
+//! be instantiated now, takes in what has completed, and orders what is ready by the longest
 //! recorded time still below it. Pure: it calls nobody and knows no clock.
 
 use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::Duration;
 
-use super::flights::Urgency;
-use super::instantiate::{Adapted, Instantiation, Instantiator, Task, Unadaptable};
-use super::parent::{BaseAction, Parent};
-use super::resolve::{Node, Resolver, Sources};
+use bytes::Bytes;
+
+use super::flights::{FlightKey, Urgency};
+use super::instantiate::{Adapted, Instantiation, Instantiator, Task, Texts, Unadaptable};
+use super::known::{Known, find_output};
+use super::parent::{BaseAction, Parent, WeakKey, action_parts};
+use super::resolve::{Node, Resolver};
 use crate::cas::Digest;
 use crate::cas::directories::Trees;
 
 /// Files that an action wrote: paths relative to its input root.
 pub type Outputs = Vec<(String, Digest)>;
 
-/// The adaptation of one parent's actions to one state of its sources.
+/// Outputs of adapted actions, of this plan and those before it.
+pub type Results = HashMap<FlightKey, Outputs>;
+
+/// What a plan is made of.
+#[derive(Clone, Debug, Default)]
+pub struct Subject {
+    /// The parents whose actions are adapted.
+    pub parents: Vec<PlannedParent>,
+    /// The directories of all trees that they name.
+    pub trees: Trees,
+    /// The commands of actions with digest-valued text.
+    pub commands: HashMap<Digest, Bytes>,
+    /// What they are adapted to.
+    pub known: Known,
+}
+
+/// A parent in a plan.
+#[derive(Clone, Debug)]
+pub struct PlannedParent {
+    /// Its records.
+    pub parent: Arc<Parent>,
+    /// Which of its actions are adapted.
+    pub share: Share,
+}
+
+/// How much of a parent's actions is adapted.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Share {
+    /// All of them.
+    Whole,
+    /// Those that actions of other parents wait for.
+    OnDemand,
+}
+
+/// The adaptation of recorded actions to what is known now.
 pub struct Plan {
-    parent: Arc<Parent>,
-    trees: Trees,
-    sources: Sources,
-    bases: Vec<Arc<BaseAction>>,
-    producers: HashMap<Digest, Node>,
+    subject: Subject,
+    keys: Vec<WeakKey>,
+    texts: Vec<Texts>,
+    actions: Vec<PlannedAction>,
+    producers: HashMap<(WeakKey, Digest), Node>,
     states: Vec<State>,
     dependents: Vec<Vec<Node>>,
     critical_paths: Vec<Duration>,
     instantiator: Instantiator,
-    flying: HashMap<Digest, Vec<Node>>,
+    flying: HashMap<FlightKey, Vec<Node>>,
     unadaptable: Vec<(Digest, Unadaptable)>,
 }
 
+struct PlannedAction {
+    base: Arc<BaseAction>,
+    /// Index of its parent.
+    parent: usize,
+    command: Option<Bytes>,
+}
+
 enum State {
+    /// Adapted only if somebody waits for it, and nobody does yet.
+    Idle,
     /// Waits for this many others.
     Waiting(usize),
     /// Adapted; its result is awaited.
     Flying,
     /// Its outputs are known: sorted by path.
     Done(Outputs),
-    /// It cannot be adapted, or it failed; what depends on it waits for ever.
+    /// It cannot be adapted as far as is known, or it failed; what depends on it waits for ever.
     Stuck,
 }
 
 /// An action that is ready to be executed.
 #[derive(Clone, Debug)]
 pub struct Ready {
+    /// What it is executed as.
+    pub key: FlightKey,
     /// The adapted action with what it needs.
     pub adapted: Adapted,
     /// Its place in the lane.
@@ -52,44 +100,66 @@ pub struct Ready {
 }
 
 impl Plan {
-    /// A plan for `parent` in a workspace where its sources are as `sources` says.
-    pub fn new(parent: Arc<Parent>, trees: Trees, sources: Sources) -> Self {
-        let mut bases: Vec<_> = parent.actions.values().cloned().collect();
-        bases.sort_by_key(|base| (base.order, base.digest));
-        let producers = bases
+    /// A plan that adapts `subject`'s actions to what it knows.
+    pub fn new(subject: Subject) -> Self {
+        let keys: Vec<WeakKey> = subject
+            .parents
             .iter()
-            .enumerate()
-            .map(|(node, base)| (base.digest, node))
+            .map(|planned| planned.parent.identity.weak_key())
             .collect();
+        let mut actions = Vec::new();
+        for (index, planned) in subject.parents.iter().enumerate() {
+            let mut bases: Vec<_> = planned.parent.actions.values().cloned().collect();
+            bases.sort_by_key(|base| (base.order, base.digest));
+            actions.extend(bases.into_iter().map(|base| PlannedAction {
+                command: command(&base, &subject.commands),
+                parent: index,
+                base,
+            }));
+        }
+        let producers = actions.iter().enumerate();
+        let producers = producers
+            .map(|(node, action)| ((keys[action.parent], action.base.digest), node))
+            .collect();
+        let texts = subject.parents.iter().zip(&keys);
+        let texts = texts
+            .map(|(planned, key)| texts_now(&planned.parent, *key, &subject.known))
+            .collect();
+        let state = |action: &PlannedAction| match subject.parents[action.parent].share {
+            Share::Whole => State::Waiting(0),
+            Share::OnDemand => State::Idle,
+        };
         Plan {
-            states: bases.iter().map(|_| State::Waiting(0)).collect(),
-            dependents: vec![Vec::new(); bases.len()],
-            critical_paths: bases.iter().map(|base| base.duration).collect(),
+            states: actions.iter().map(state).collect(),
+            dependents: vec![Vec::new(); actions.len()],
+            critical_paths: actions.iter().map(|action| action.base.duration).collect(),
             producers,
-            bases,
-            parent,
-            trees,
-            sources,
+            texts,
+            actions,
+            keys,
+            subject,
             instantiator: Instantiator::default(),
             flying: HashMap::new(),
             unadaptable: Vec::new(),
         }
     }
 
-    /// The records that this plan adapts.
-    pub fn parent(&self) -> &Arc<Parent> {
-        &self.parent
-    }
-
-    /// The state of the sources that it adapts them to.
-    pub fn sources(&self) -> &Sources {
-        &self.sources
+    /// Whether it is about these parents and what is known of them now.
+    pub fn is_about(&self, parents: &[PlannedParent], known: &Known) -> bool {
+        let planned = &self.subject.parents;
+        let same = |(one, other): (&PlannedParent, &PlannedParent)| {
+            Arc::ptr_eq(&one.parent, &other.parent) && one.share == other.share
+        };
+        self.subject.known == *known
+            && planned.len() == parents.len()
+            && planned.iter().zip(parents).all(same)
     }
 
     /// Instantiates whatever waits for nothing. `results` are outputs of adapted actions that are
     /// known already, from an earlier plan.
-    pub fn start(&mut self, results: &HashMap<Digest, Outputs>) -> Vec<Ready> {
-        let nodes = (0..self.bases.len()).collect();
+    pub fn start(&mut self, results: &Results) -> Vec<Ready> {
+        let wanted = |node: &Node| !matches!(self.states[*node], State::Idle);
+        let nodes = (0..self.actions.len()).filter(wanted).collect();
         let adapted = self.advance(nodes, results);
         self.find_critical_paths();
         self.in_order(adapted)
@@ -98,12 +168,12 @@ impl Plan {
     /// Takes in the outputs of an adapted action, or that there will be none.
     pub fn complete(
         &mut self,
-        action: Digest,
+        key: &FlightKey,
         outputs: Option<Outputs>,
-        results: &HashMap<Digest, Outputs>,
+        results: &Results,
     ) -> Vec<Ready> {
         let mut released = Vec::new();
-        for node in self.flying.remove(&action).unwrap_or_default() {
+        for node in self.flying.remove(key).unwrap_or_default() {
             match &outputs {
                 Some(outputs) => self.finish(node, outputs.clone(), &mut released),
                 None => self.states[node] = State::Stuck,
@@ -113,20 +183,20 @@ impl Plan {
         self.in_order(adapted)
     }
 
-    /// Whether the result of `action` is awaited.
-    pub fn awaits(&self, action: &Digest) -> bool {
-        self.flying.contains_key(action)
+    /// Whether the result of `key` is awaited.
+    pub fn awaits(&self, key: &FlightKey) -> bool {
+        self.flying.contains_key(key)
     }
 
     /// The adapted actions whose results are awaited.
-    pub fn awaited(&self) -> impl Iterator<Item = &Digest> {
+    pub fn awaited(&self) -> impl Iterator<Item = &FlightKey> {
         self.flying.keys()
     }
 
-    /// Where the command of an awaited action runs, relative to its input root.
-    pub fn working_directory(&self, action: &Digest) -> Option<&str> {
-        let node = *self.flying.get(action)?.first()?;
-        Some(&self.bases[node].working_directory)
+    /// The recorded form of an awaited action, and the weak key of its parent.
+    pub fn recorded(&self, key: &FlightKey) -> Option<(&BaseAction, WeakKey)> {
+        let action = &self.actions[*self.flying.get(key)?.first()?];
+        Some((&action.base, self.keys[action.parent]))
     }
 
     /// The base actions that could not be adapted since the last call, with the reasons.
@@ -134,58 +204,77 @@ impl Plan {
         std::mem::take(&mut self.unadaptable)
     }
 
-    /// Instantiates `nodes` and whatever that releases.
-    fn advance(
-        &mut self,
-        nodes: Vec<Node>,
-        results: &HashMap<Digest, Outputs>,
-    ) -> Vec<(Node, Adapted)> {
+    /// Instantiates `nodes` and whatever that releases or calls for.
+    fn advance(&mut self, nodes: Vec<Node>, results: &Results) -> Vec<(Node, Adapted)> {
         let mut ready = Vec::new();
         let mut released = nodes;
         released.reverse();
         while let Some(node) = released.pop() {
             match self.instantiate(node) {
                 Ok(Instantiation::Unchanged) => {
-                    let outputs = self.bases[node].outputs.clone();
+                    let outputs = self.actions[node].base.outputs.clone();
                     self.finish(node, outputs, &mut released);
                 }
                 Ok(Instantiation::Waits(nodes)) => {
                     self.states[node] = State::Waiting(nodes.len());
                     for producer in nodes.iter() {
                         self.dependents[*producer].push(node);
+                        if let State::Idle = self.states[*producer] {
+                            self.states[*producer] = State::Waiting(0);
+                            released.push(*producer);
+                        }
                     }
                 }
-                Ok(Instantiation::Adapted(adapted)) => match results.get(&adapted.action) {
-                    Some(outputs) => self.finish(node, outputs.clone(), &mut released),
-                    None => {
-                        self.states[node] = State::Flying;
-                        self.flying.entry(adapted.action).or_default().push(node);
-                        ready.push((node, adapted));
+                // Another plan will know more.
+                Ok(Instantiation::Awaits) => self.states[node] = State::Stuck,
+                Ok(Instantiation::Adapted(adapted)) => {
+                    let key = self.flight(node, adapted.action);
+                    match results.get(&key) {
+                        Some(outputs) => self.finish(node, outputs.clone(), &mut released),
+                        None => {
+                            self.states[node] = State::Flying;
+                            self.flying.entry(key).or_default().push(node);
+                            ready.push((node, adapted));
+                        }
                     }
-                },
+                }
                 Err(reason) => {
                     self.states[node] = State::Stuck;
-                    self.unadaptable.push((self.bases[node].digest, reason));
+                    let base = self.actions[node].base.digest;
+                    self.unadaptable.push((base, reason));
                 }
             }
         }
         ready
     }
 
+    fn flight(&self, node: Node, action: Digest) -> FlightKey {
+        let planned = &self.subject.parents[self.actions[node].parent];
+        FlightKey {
+            instance: planned.parent.identity.instance.clone(),
+            action,
+        }
+    }
+
     fn instantiate(&mut self, node: Node) -> Result<Instantiation, Unadaptable> {
+        let action = &self.actions[node];
         let resolver = Resolver {
-            overlays: &self.parent.overlays,
-            sources: &self.sources,
+            key: self.keys[action.parent],
+            parent: &self.subject.parents[action.parent].parent,
+            known: &self.subject.known,
+            trees: &self.subject.trees,
             producers: &self.producers,
         };
         let states = &self.states;
         self.instantiator.instantiate(&Task {
             node,
-            base: &self.bases[node],
+            base: &action.base,
             resolver: &resolver,
-            trees: &self.trees,
+            trees: &self.subject.trees,
+            texts: &self.texts[action.parent],
+            command: action.command.as_ref(),
             output: |node: Node, path: &str| match &states[node] {
-                State::Done(outputs) => Some(output(outputs, path)),
+                State::Done(outputs) => Some(find_output(outputs, path)),
                 _ => None,
             },
         })
@@ -206,8 +295,8 @@ impl Plan {
 
     /// The longest recorded time from each node to the end of what depends on it.
     fn find_critical_paths(&mut self) {
-        let mut producers_of: Vec<Vec<Node>> = vec![Vec::new(); self.bases.len()];
-        let mut open: Vec<usize> = vec![0; self.bases.len()];
+        let mut producers_of: Vec<Vec<Node>> = vec![Vec::new(); self.actions.len()];
+        let mut open: Vec<usize> = vec![0; self.actions.len()];
         for (producer, dependents) in self.dependents.iter().enumerate() {
             open[producer] = dependents.len();
             for dependent in dependents {
@@ -217,7 +306,7 @@ impl Plan {
         let mut leaves: Vec<Node> = (0..open.len()).filter(|node| open[*node] == 0).collect();
         while let Some(node) = leaves.pop() {
             for producer in std::mem::take(&mut producers_of[node]) {
-                let through = self.bases[producer].duration + self.critical_paths[node];
+                let through = self.actions[producer].base.duration + self.critical_paths[node];
                 let longest = &mut self.critical_paths[producer];
                 *longest = through.max(*longest);
                 open[producer] -= 1;
@@ -233,22 +322,44 @@ impl Plan {
         let mut seen = std::collections::HashSet::new();
         let mut ready: Vec<Ready> = adapted
             .into_iter()
-            .filter(|(_, adapted)| seen.insert(adapted.action))
             .map(|(node, adapted)| Ready {
+                key: self.flight(node, adapted.action),
                 adapted,
-                urgency: Urgency::new(self.critical_paths[node], self.bases[node].order),
+                urgency: Urgency::new(self.critical_paths[node], self.actions[node].base.order),
             })
+            .filter(|ready| seen.insert(ready.key.clone()))
             .collect();
         ready.sort_by_key(|ready| ready.urgency);
         ready
     }
 }
 
-fn output(outputs: &Outputs, path: &str) -> Option<Digest> {
-    let at = outputs
-        .binary_search_by(|(name, _)| name.as_str().cmp(path))
-        .ok()?;
-    Some(outputs[at].1)
+/// The encoded command of an action with digest-valued text.
+fn command(base: &BaseAction, commands: &HashMap<Digest, Bytes>) -> Option<Bytes> {
+    if base.texts.is_empty() {
+        return None;
+    }
+    let parts = action_parts(&base.encoded).ok()?;
+    commands.get(&parts.command).cloned()
+}
+
+/// What became of the digest-valued text of a parent.
+fn texts_now(parent: &Parent, key: WeakKey, known: &Known) -> Texts {
+    let Some(executed) = &parent.executed else {
+        return Texts::Replaced(HashMap::new());
+    };
+    match known.parents.get(&key) {
+        None => Texts::Unknown(executed.texts.iter().cloned().collect()),
+        Some(now) => {
+            let pairs = executed.texts.iter().zip(now.texts.iter());
+            let changed = pairs.filter(|(old, new)| old != new);
+            Texts::Replaced(
+                changed
+                    .map(|(old, new)| (old.clone(), new.clone()))
+                    .collect(),
+            )
+        }
+    }
 }
 
 #[cfg(test)]
@@ -256,9 +367,8 @@ mod tests {
     use super::*;
     use crate::cas::directories::Directory;
     use crate::reapi;
-    use crate::speculation::parent::{
-        Origin, OverlayTable, ParentIdentity, SubactionKey, action_parts,
-    };
+    use crate::speculation::known::Sources;
+    use crate::speculation::parent::{Origin, OverlayTable, SubactionKey, fixture};
     use bytes::Bytes;
     use prost::Message;
 
@@ -285,20 +395,17 @@ mod tests {
             let base = BaseAction {
                 digest: Digest::of(&encoded),
                 encoded,
-                input_root,
-                mount: Some("/p".into()),
-                file_system_root: "/".into(),
-                working_directory: String::new(),
                 outputs: vec![(output.to_owned(), digest(&format!("old {output}")))],
                 duration: Duration::from_secs(seconds),
                 order: self.bases.len() as u64,
-                last_seen_unix_ms: 0,
+                ..fixture::base(output, input_root)
             };
-            let (action, path) = (base.digest, output.to_owned());
-            self.overlays.add(
-                digest(&format!("old {output}")),
-                Origin::Action { action, path },
-            );
+            let origin = Origin::Action {
+                parent: None,
+                action: base.digest,
+                path: output.to_owned(),
+            };
+            self.overlays.add(digest(&format!("old {output}")), origin);
             self.bases.push(base);
             self
         }
@@ -307,7 +414,7 @@ mod tests {
         fn source(mut self, name: &str, now: &str) -> Self {
             let path = std::path::Path::new("/p").join(name);
             self.overlays
-                .add(digest(&format!("old {name}")), Origin::Source(path.clone()));
+                .add(digest(&format!("old {name}")), Origin::Disk(path.clone()));
             self.sources
                 .insert(path, Some(digest(&format!("{now} {name}"))));
             self
@@ -319,15 +426,21 @@ mod tests {
                 let mount = base.mount.clone();
                 (SubactionKey { action_key, mount }, Arc::new(base))
             });
-            let mut parent = Parent::new(ParentIdentity {
-                instance: "".into(),
-                uid: None,
-                project_root: Some("/p".into()),
-                tool: "make".into(),
-            });
+            let mut parent = fixture::invocation(self.overlays);
             parent.actions = actions.collect();
-            parent.overlays = self.overlays;
-            Plan::new(Arc::new(parent), self.trees, self.sources)
+            let planned = PlannedParent {
+                parent: Arc::new(parent),
+                share: Share::Whole,
+            };
+            Plan::new(Subject {
+                parents: vec![planned],
+                trees: self.trees,
+                known: Known {
+                    disk: self.sources,
+                    ..Known::default()
+                },
+                ..Subject::default()
+            })
         }
     }
 
@@ -368,7 +481,14 @@ mod tests {
     /// `action` has written a new `output`.
     fn done(plan: &mut Plan, action: Digest, output: &str) -> Vec<Digest> {
         let outputs = vec![(output.to_owned(), digest(&format!("new {output}")))];
-        actions(&plan.complete(action, Some(outputs), &HashMap::new()))
+        actions(&plan.complete(&key(action), Some(outputs), &HashMap::new()))
+    }
+
+    fn key(action: Digest) -> FlightKey {
+        FlightKey {
+            instance: "".into(),
+            action,
+        }
     }
 
     fn chain() -> Scene {
@@ -386,7 +506,7 @@ mod tests {
         let second = adapted("a.o", &["a.i"]);
         let third = adapted("prog", &["a.o"]);
         assert_eq!(actions(&plan.start(&HashMap::new())), [first]);
-        assert!(plan.awaits(&first) && !plan.awaits(&second));
+        assert!(plan.awaits(&key(first)) && !plan.awaits(&key(second)));
         assert_eq!(done(&mut plan, first, "a.i"), [second]);
         assert_eq!(done(&mut plan, second, "a.o"), [third]);
         assert_eq!(done(&mut plan, third, "prog"), []);
@@ -408,7 +528,7 @@ mod tests {
         let mut plan = chain().plan();
         let first = actions(&plan.start(&HashMap::new()))[0];
         let as_before = vec![("a.i".to_owned(), digest("old a.i"))];
-        let ready = plan.complete(first, Some(as_before), &HashMap::new());
+        let ready = plan.complete(&key(first), Some(as_before), &HashMap::new());
         assert_eq!(actions(&ready), []);
         assert_eq!(plan.awaited().count(), 0);
     }
@@ -417,7 +537,10 @@ mod tests {
     fn what_depends_on_a_failure_is_never_ready() {
         let mut plan = chain().plan();
         let first = actions(&plan.start(&HashMap::new()))[0];
-        assert_eq!(actions(&plan.complete(first, None, &HashMap::new())), []);
+        assert_eq!(
+            actions(&plan.complete(&key(first), None, &HashMap::new())),
+            []
+        );
         assert_eq!(plan.awaited().count(), 0);
     }
 
@@ -425,7 +548,7 @@ mod tests {
     fn an_output_that_is_there_no_more_makes_its_reader_unadaptable() {
         let mut plan = chain().plan();
         let first = actions(&plan.start(&HashMap::new()))[0];
-        let ready = plan.complete(first, Some(Outputs::new()), &HashMap::new());
+        let ready = plan.complete(&key(first), Some(Outputs::new()), &HashMap::new());
         assert_eq!(actions(&ready), []);
         let reasons = plan.take_unadaptable();
         assert!(
@@ -518,11 +641,11 @@ mod tests {
         let mut plan = chain().plan();
         let results = HashMap::from([
             (
-                adapted("a.i", &["a.c"]),
+                key(adapted("a.i", &["a.c"])),
                 vec![("a.i".to_owned(), digest("new a.i"))],
             ),
             (
-                adapted("a.o", &["a.i"]),
+                key(adapted("a.o", &["a.i"])),
                 vec![("a.o".to_owned(), digest("new a.o"))],
             ),
         ]);

@@ -3,6 +3,7 @@
 //! The store may be missing, broken, locked or read-only; primed then says so once, keeps its
 //! records in memory, and goes on. A broken file is put aside, never deleted.
 
+use std::collections::HashSet;
 use std::fs::{DirBuilder, File};
 use std::io;
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
@@ -21,7 +22,8 @@ use redb::{
 };
 
 use super::parent::{
-    BaseAction, Origin, OverlayTable, Parent, ParentIdentity, SubactionKey, WeakKey, action_parts,
+    ActionParent, BaseAction, ExecutedParent, Origin, OverlayTable, Parent, ParentIdentity,
+    ParentKind, SubactionKey, WeakKey, action_parts,
 };
 use crate::cas::Digest;
 use crate::cas::digest::required;
@@ -80,6 +82,17 @@ pub struct RecordCounts {
     pub actions: u64,
     /// Parents.
     pub parents: u64,
+}
+
+/// What the engine keeps in mind of a recorded parent.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct KnownParent {
+    /// Under which it is recorded.
+    pub key: WeakKey,
+    /// Who it is.
+    pub identity: ParentIdentity,
+    /// The other parents that its overlays name.
+    pub dependencies: HashSet<WeakKey>,
 }
 
 /// A file with what its metadata were when it was hashed.
@@ -141,7 +154,7 @@ impl Store {
     ///
     /// # Errors
     /// When the store cannot be read.
-    pub fn parents(&self) -> Result<Vec<(WeakKey, ParentIdentity)>, StoreError> {
+    pub fn parents(&self) -> Result<Vec<KnownParent>, StoreError> {
         self.with(|database| {
             let read = database.begin_read()?;
             let Ok(table) = read.open_table(PARENTS) else {
@@ -150,11 +163,17 @@ impl Store {
             let mut parents = Vec::new();
             for entry in table.iter()? {
                 let (key, value) = entry?;
-                let identity = proto::Parent::decode(value.value())
-                    .ok()
-                    .map(|p| identity(&p));
-                match (<[u8; 32]>::try_from(key.value()), identity) {
-                    (Ok(key), Some(identity)) => parents.push((WeakKey(key), identity)),
+                let stored = proto::Parent::decode(value.value()).ok();
+                let known = stored.and_then(|stored| {
+                    let dependencies = overlays(&stored.overlays).parents();
+                    Some((identity(&stored)?, dependencies))
+                });
+                match (<[u8; 32]>::try_from(key.value()), known) {
+                    (Ok(key), Some((identity, dependencies))) => parents.push(KnownParent {
+                        key: WeakKey(key),
+                        identity,
+                        dependencies,
+                    }),
                     _ => tracing::warn!("a parent in the record store is malformed; it is ignored"),
                 }
             }
@@ -197,10 +216,17 @@ impl Store {
             let Ok(stored) = proto::Parent::decode(value.value()) else {
                 return Ok(None);
             };
+            let Some(identity) = identity(&stored) else {
+                return Ok(None);
+            };
+            let action = stored.action.as_ref();
             let mut parent = Parent {
-                identity: identity(&stored),
+                identity,
                 actions: Default::default(),
                 overlays: overlays(&stored.overlays),
+                executed: action
+                    .and_then(|action| execution(action.executed.as_ref()?))
+                    .map(Arc::new),
                 last_seen_unix_ms: stored.last_seen_unix_ms,
             };
             let (first, last) = range_of(key);
@@ -413,42 +439,113 @@ fn digest_of(stored: Option<&proto::Digest>) -> Option<Digest> {
 }
 
 fn stored_parent(parent: &Parent) -> proto::Parent {
-    proto::Parent {
-        tool: parent.identity.tool.clone(),
-        instance_name: parent.identity.instance.to_string(),
-        uid: parent.identity.uid,
-        project_root: parent.identity.project_root.as_deref().map(path_bytes),
+    let identity = &parent.identity;
+    let mut stored = proto::Parent {
+        instance_name: identity.instance.to_string(),
+        uid: identity.uid,
         last_seen_unix_ms: parent.last_seen_unix_ms,
         overlays: parent
             .overlays
             .iter()
             .map(|(target, origin)| stored_overlay(*target, origin))
             .collect(),
+        ..proto::Parent::default()
+    };
+    match &identity.kind {
+        ParentKind::Invocation { project_root, tool } => {
+            stored.tool.clone_from(tool);
+            stored.project_root = project_root.as_deref().map(path_bytes);
+        }
+        ParentKind::Action(action) => {
+            stored.action = Some(proto::ActionParent {
+                instance_name: action.instance.to_string(),
+                key: stored_digest(action.key),
+                name: action.name.clone(),
+                executed: parent.executed.as_deref().map(stored_execution),
+            });
+        }
+    }
+    stored
+}
+
+/// `None` if it is malformed.
+fn identity(stored: &proto::Parent) -> Option<ParentIdentity> {
+    let kind = match &stored.action {
+        None => ParentKind::Invocation {
+            project_root: stored.project_root.as_deref().map(path_of),
+            tool: stored.tool.clone(),
+        },
+        Some(action) => ParentKind::Action(ActionParent {
+            instance: action.instance_name.as_str().into(),
+            key: digest_of(action.key.as_ref())?,
+            name: action.name.clone(),
+        }),
+    };
+    Some(ParentIdentity {
+        instance: stored.instance_name.as_str().into(),
+        uid: stored.uid,
+        kind,
+    })
+}
+
+fn stored_execution(executed: &ExecutedParent) -> proto::ExecutedParent {
+    proto::ExecutedParent {
+        action: stored_digest(executed.action),
+        input_root: stored_digest(executed.input_root),
+        texts: executed.texts.clone(),
+        outputs: stored_outputs(&executed.outputs),
     }
 }
 
-fn identity(stored: &proto::Parent) -> ParentIdentity {
-    ParentIdentity {
-        instance: stored.instance_name.as_str().into(),
-        uid: stored.uid,
-        project_root: stored.project_root.as_deref().map(path_of),
-        tool: stored.tool.clone(),
-    }
+fn execution(stored: &proto::ExecutedParent) -> Option<ExecutedParent> {
+    Some(ExecutedParent {
+        action: digest_of(stored.action.as_ref())?,
+        input_root: digest_of(stored.input_root.as_ref())?,
+        texts: stored.texts.clone(),
+        outputs: outputs(&stored.outputs)?,
+    })
+}
+
+fn stored_outputs(outputs: &[(String, Digest)]) -> Vec<proto::Output> {
+    let stored = outputs.iter().map(|(path, digest)| proto::Output {
+        path: path.clone(),
+        digest: stored_digest(*digest),
+    });
+    stored.collect()
+}
+
+fn outputs(stored: &[proto::Output]) -> Option<Vec<(String, Digest)>> {
+    let outputs = stored.iter();
+    outputs
+        .map(|output| Some((output.path.clone(), digest_of(output.digest.as_ref())?)))
+        .collect()
 }
 
 fn stored_overlay(target: Digest, origin: &Origin) -> Overlay {
     let mut overlay = Overlay {
         target_digest: Some(target.to_proto()),
+        source_element: origin
+            .parent()
+            .map(|key| key.to_string())
+            .unwrap_or_default(),
         ..Overlay::default()
     };
     match origin {
-        Origin::Source(path) => {
+        Origin::Disk(path) => {
             overlay.set_type(OverlayType::Source);
             overlay.source_path = path.to_string_lossy().into_owned();
         }
-        Origin::Action { action, path } => {
+        Origin::Tree { path, .. } => {
+            overlay.set_type(OverlayType::Source);
+            overlay.source_path.clone_from(path);
+        }
+        Origin::Action { action, path, .. } => {
             overlay.set_type(OverlayType::Action);
             overlay.source_action_digest = Some(action.to_proto());
+            overlay.source_path.clone_from(path);
+        }
+        Origin::Artifact { path, .. } => {
+            overlay.set_type(OverlayType::Artifact);
             overlay.source_path.clone_from(path);
         }
     }
@@ -458,23 +555,35 @@ fn stored_overlay(target: Digest, origin: &Origin) -> Overlay {
 fn overlays(stored: &[Overlay]) -> OverlayTable {
     let mut table = OverlayTable::default();
     for overlay in stored {
-        let Ok(target) = required(overlay.target_digest.as_ref()) else {
-            continue;
-        };
-        match overlay.r#type() {
-            OverlayType::Source => {
-                table.add(target, Origin::Source(overlay.source_path.clone().into()))
-            }
-            OverlayType::Action => {
-                if let Ok(action) = required(overlay.source_action_digest.as_ref()) {
-                    let path = overlay.source_path.clone();
-                    table.add(target, Origin::Action { action, path });
-                }
-            }
-            OverlayType::Artifact => {}
+        if let Some((target, origin)) = overlay_origin(overlay) {
+            table.add(target, origin);
         }
     }
     table
+}
+
+/// `None` if it is malformed.
+fn overlay_origin(overlay: &Overlay) -> Option<(Digest, Origin)> {
+    let target = required(overlay.target_digest.as_ref()).ok()?;
+    let parent = match overlay.source_element.as_str() {
+        "" => None,
+        named => Some(named.parse().ok()?),
+    };
+    let path = overlay.source_path.clone();
+    let origin = match overlay.r#type() {
+        OverlayType::Source if path.starts_with('/') => Origin::Disk(path.into()),
+        OverlayType::Source => Origin::Tree { parent, path },
+        OverlayType::Action => Origin::Action {
+            parent,
+            action: required(overlay.source_action_digest.as_ref()).ok()?,
+            path,
+        },
+        OverlayType::Artifact => Origin::Artifact {
+            parent: parent?,
+            path,
+        },
+    };
+    Some((target, origin))
 }
 
 fn stored_action(base: &BaseAction) -> proto::BaseAction {
@@ -484,14 +593,8 @@ fn stored_action(base: &BaseAction) -> proto::BaseAction {
         mount: base.mount.as_deref().map(path_bytes),
         file_system_root: (root != Path::new("/")).then(|| path_bytes(root)),
         working_directory: base.working_directory.clone(),
-        outputs: base
-            .outputs
-            .iter()
-            .map(|(path, digest)| proto::Output {
-                path: path.clone(),
-                digest: stored_digest(*digest),
-            })
-            .collect(),
+        texts: base.texts.clone(),
+        outputs: stored_outputs(&base.outputs),
         duration_us: u64::try_from(base.duration.as_micros()).unwrap_or(u64::MAX),
         order: base.order,
         last_seen_unix_ms: base.last_seen_unix_ms,
@@ -500,11 +603,7 @@ fn stored_action(base: &BaseAction) -> proto::BaseAction {
 
 fn base_action(stored: proto::BaseAction) -> Option<(SubactionKey, BaseAction)> {
     let parts = action_parts(&stored.action).ok()?;
-    let outputs = stored
-        .outputs
-        .into_iter()
-        .map(|output| Some((output.path, digest_of(output.digest.as_ref())?)))
-        .collect::<Option<_>>()?;
+    let outputs = outputs(&stored.outputs)?;
     let mount = stored.mount.as_deref().map(path_of);
     let root = stored.file_system_root.as_deref();
     let base = BaseAction {
@@ -513,6 +612,7 @@ fn base_action(stored: proto::BaseAction) -> Option<(SubactionKey, BaseAction)> 
         mount: mount.clone(),
         file_system_root: root.map_or_else(|| PathBuf::from("/"), path_of),
         working_directory: stored.working_directory,
+        texts: stored.texts,
         outputs,
         duration: Duration::from_micros(stored.duration_us),
         order: stored.order,
@@ -555,8 +655,10 @@ mod tests {
         let mut parent = Parent::new(ParentIdentity {
             instance: "instance".into(),
             uid: Some(7),
-            project_root: Some(root.into()),
-            tool: "make".to_owned(),
+            kind: ParentKind::Invocation {
+                project_root: Some(root.into()),
+                tool: "make".to_owned(),
+            },
         });
         parent.last_seen_unix_ms = seen;
         for number in 0..actions {
@@ -573,6 +675,7 @@ mod tests {
                 mount: mount.clone(),
                 file_system_root: if number % 3 == 0 { "/" } else { "/chroot" }.into(),
                 working_directory: "build".to_owned(),
+                texts: vec!["text".to_owned()],
                 outputs: vec![(format!("{number}.o"), Digest::of(b"output"))],
                 duration: Duration::from_micros(number as u64),
                 order: number as u64,
@@ -584,12 +687,13 @@ mod tests {
             parent.actions.insert(key, Arc::new(base));
             let path = format!("{number}.o");
             let origin = Origin::Action {
+                parent: None,
                 action: digest,
                 path,
             };
             parent.overlays.add(Digest::of(b"output"), origin);
         }
-        let source = Origin::Source(format!("{root}/a.c").into());
+        let source = Origin::Disk(format!("{root}/a.c").into());
         parent.overlays.add(Digest::of(b"a.c"), source);
         parent
     }

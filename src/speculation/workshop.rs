@@ -7,6 +7,7 @@ use tokio::sync::mpsc;
 
 use super::activity::Activities;
 use super::flights::Flights;
+use super::parent::WeakKey;
 use super::store::Store;
 use crate::backend::Backend;
 use crate::cas::directories::DirectoryCache;
@@ -32,6 +33,15 @@ pub struct Workshop {
     pub activities: Activities,
     /// Base actions that could not be adapted, ever.
     pub unadaptable: Arc<AtomicU64>,
-    /// Told of each result that was primed: the build it was primed for.
-    pub primed: mpsc::Sender<u64>,
+    /// Told of each result that was primed.
+    pub primed: mpsc::Sender<Primed>,
+}
+
+/// For whom a result was primed.
+#[derive(Clone, Copy, Debug)]
+pub struct Primed {
+    /// The parent.
+    pub parent: WeakKey,
+    /// Its build, if that has begun.
+    pub build: Option<u64>,
 }

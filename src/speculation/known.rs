@@ -1,0 +1,64 @@
+//! What is known now of the places that origins name: files on disk, and the action parents that
+//! have been asked for in this session.
+
+use std::collections::HashMap;
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use super::parent::WeakKey;
+use super::schedule::Outputs;
+use crate::cas::Digest;
+use crate::cas::directories::Trees;
+
+/// Source files on disk: their digest, or `None` where there is no such file.
+pub type Sources = HashMap<PathBuf, Option<Digest>>;
+
+/// What recorded actions are adapted to.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Known {
+    /// Files on disk.
+    pub disk: Sources,
+    /// Action parents, under the weak keys that records know them by.
+    pub parents: HashMap<WeakKey, CurrentParent>,
+}
+
+/// An action parent as it has been asked for.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct CurrentParent {
+    /// Its input tree.
+    pub input_root: Digest,
+    /// Its digest-valued text: see `ExecutedParent::texts`.
+    pub texts: Arc<[String]>,
+    /// What it wrote, sorted by path; `None` while it is not done.
+    pub outputs: Option<Arc<Outputs>>,
+}
+
+/// The digest of the file at `path` in the tree of `root`.
+pub fn find_file(trees: &Trees, root: Digest, path: &str) -> Option<Digest> {
+    let mut directory = trees.get(&root)?;
+    let mut rest = path;
+    while let Some((name, below)) = rest.split_once('/') {
+        let child = find_entry(&directory.directories, name)?;
+        directory = trees.get(&child)?;
+        rest = below;
+    }
+    find_entry(&directory.files, rest)
+}
+
+/// Entries of a canonical directory are sorted; others may not be.
+fn find_entry(entries: &[(String, Digest)], name: &str) -> Option<Digest> {
+    let sorted = entries.binary_search_by(|(entry, _)| entry.as_str().cmp(name));
+    let at = match sorted {
+        Ok(at) => Some(at),
+        Err(_) => entries.iter().position(|(entry, _)| entry == name),
+    };
+    at.map(|at| entries[at].1)
+}
+
+/// The digest that `outputs`, sorted by path, hold for `path`.
+pub fn find_output(outputs: &Outputs, path: &str) -> Option<Digest> {
+    let at = outputs
+        .binary_search_by(|(name, _)| name.as_str().cmp(path))
+        .ok()?;
+    Some(outputs[at].1)
+}
