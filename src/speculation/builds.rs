@@ -103,7 +103,10 @@ impl Build {
         let (hit, joined) = (count(Asked::Hit), count(Asked::Joined));
         BuildStatus {
             id: self.id.clone(),
-            parent: "invocation",
+            parent: match self.caller.action {
+                Some(_) => "action",
+                None => "invocation",
+            },
             label: self.caller.parent(&"".into()).label(),
             started_unix_ms: self.started_unix_ms,
             ended_unix_ms: self.ended_unix_ms,
@@ -124,7 +127,7 @@ impl Build {
 pub struct BuildStatus {
     /// Differs for each build.
     pub id: String,
-    /// Kind of the parent: `invocation`.
+    /// Kind of the parent: `invocation` or `action`.
     pub parent: &'static str,
     /// For people.
     pub label: String,

@@ -8,8 +8,9 @@ use std::time::{Duration, Instant};
 
 use http::HeaderValue;
 
+use super::flights::FlightKey;
 use super::observation::CallOrigin;
-use super::parent::{ParentIdentity, ParentKind};
+use super::parent::{ActionParent, ParentIdentity, ParentKind};
 use crate::reapi::RequestMetadata;
 use crate::workspace::peer::{Peer, PeerOrigin};
 use crate::workspace::process::{self, Process};
@@ -28,6 +29,8 @@ pub enum BuildKey {
     Invocation(String),
     /// They come by the same connection, and nothing else is known of them.
     Connection(u64),
+    /// They are made on behalf of this action.
+    Action(FlightKey),
 }
 
 /// What is known of a client.
@@ -48,6 +51,8 @@ pub struct Caller {
     pub working_directory: Option<PathBuf>,
     /// The root of the client's file system.
     pub file_system_root: PathBuf,
+    /// The action on whose behalf it calls, if it does.
+    pub action: Option<ActionParent>,
 }
 
 impl Caller {
@@ -105,6 +110,22 @@ impl Caller {
                 .as_ref()
                 .and_then(Process::file_system_root)
                 .unwrap_or_else(|| PathBuf::from("/")),
+            action: None,
+        }
+    }
+
+    /// Whoever calls on behalf of an action that this client executes as `key`. Of that one it is
+    /// not known where it works.
+    pub fn nested_in(&self, key: FlightKey, action: ActionParent) -> Self {
+        Caller {
+            key: BuildKey::Action(key),
+            ends_by_silence: true,
+            tool: self.tool.clone(),
+            uid: self.uid,
+            project_root: None,
+            working_directory: None,
+            file_system_root: PathBuf::from("/"),
+            action: Some(action),
         }
     }
 
@@ -120,9 +141,12 @@ impl Caller {
         ParentIdentity {
             instance: instance.clone(),
             uid: self.uid,
-            kind: ParentKind::Invocation {
-                project_root: self.project_root.clone(),
-                tool: self.tool.clone(),
+            kind: match &self.action {
+                Some(action) => ParentKind::Action(action.clone()),
+                None => ParentKind::Invocation {
+                    project_root: self.project_root.clone(),
+                    tool: self.tool.clone(),
+                },
             },
         }
     }

@@ -11,16 +11,20 @@ use std::time::{Duration, Instant};
 
 use tokio::sync::{Notify, Semaphore, mpsc, oneshot};
 
-use super::activity::Activities;
+use super::activity::{Activities, Activity};
+use super::attribution::{Attributor, Found, FoundParent};
 pub use super::builds::BuildStatus;
 use super::builds::{Asked, Build};
 use super::callers::{BuildKey, Caller, Callers};
-use super::flights::Flights;
+use super::flights::{FlightKey, Flights};
+use super::known::CurrentParent;
+use super::nested::{Answered, Nested, OpenParent};
 use super::observation::{Call, CallOrigin, Observation};
-use super::parent::WeakKey;
-use super::priming::{Group, Message, Priming};
+use super::parent::{ExecutedParent, ParentKind, WeakKey};
+use super::priming::{Family, Group, Message, Opened, Priming};
 use super::record::{Subaction, execution_time};
 use super::recorder::{self, Ended, Recorded};
+use super::schedule::Outputs;
 use super::store::{KnownParent, RecordCounts, Store};
 use super::workshop::{Primed, Workshop};
 use super::{Engine, TAP_MEMORY_KIB, lane};
@@ -94,6 +98,7 @@ pub struct Runner {
     primed: mpsc::Receiver<Primed>,
     recorded: mpsc::Receiver<Recorded>,
     exits: mpsc::Receiver<BuildKey>,
+    found: mpsc::Receiver<(Found, Activity)>,
 }
 
 /// Makes an engine: the proxy's handle, a way to ask it things, and the task to run. Call it on
@@ -138,6 +143,7 @@ pub fn engine(parts: EngineParts) -> (Engine, mpsc::Sender<Request>, Runner) {
         Ok(known) => parents.extend(known.into_iter().map(|known| (known.key, known))),
         Err(error) => tracing::warn!(%error, "records cannot be read; nothing is primed"),
     }
+    let (attributor, found) = Attributor::start(workshop.clone());
     let dropped = Arc::new(AtomicU64::new(0));
     let engine = Engine {
         observations: observed,
@@ -154,6 +160,7 @@ pub fn engine(parts: EngineParts) -> (Engine, mpsc::Sender<Request>, Runner) {
         primed: primings,
         recorded,
         exits,
+        found,
         state: State {
             mode: parts.mode,
             workshop,
@@ -162,6 +169,8 @@ pub fn engine(parts: EngineParts) -> (Engine, mpsc::Sender<Request>, Runner) {
             open: HashMap::new(),
             closed: VecDeque::new(),
             primings: HashMap::new(),
+            nested: Nested::new(attributor),
+            early: HashMap::new(),
             waiting: Vec::new(),
             recorder,
             exited,
@@ -181,8 +190,12 @@ struct State {
     callers: Callers,
     open: HashMap<BuildKey, Build>,
     closed: VecDeque<Build>,
-    /// Parents of open builds that are being primed.
+    /// Parents of open builds that are being primed, and action parents of late.
     primings: HashMap<Group, Priming>,
+    /// Action parents that are open.
+    nested: Nested,
+    /// How many results were primed for action parents before they began.
+    early: HashMap<WeakKey, u64>,
     /// Those who wait for quiet.
     waiting: Vec<oneshot::Sender<()>>,
     recorder: mpsc::Sender<recorder::Message>,
@@ -208,6 +221,7 @@ impl Runner {
                 },
                 Some(primed) = self.primed.recv() => guarded(|| self.state.count_primed(primed)),
                 Some(recorded) = self.recorded.recv() => guarded(|| self.state.recorded(recorded)),
+                Some((found, _activity)) = self.found.recv() => guarded(|| self.state.found(found)),
                 Some(key) = self.exits.recv() => guarded(|| self.state.close(&key)),
                 Some(request) = self.requests.recv() => guarded(|| self.state.answer(request)),
                 () = activities.ended() => {}
@@ -254,17 +268,27 @@ impl State {
             Observation::FirstCall(origin) => {
                 self.build_of(&origin);
             }
-            Observation::Lookup(call) => self.lookup(call),
-            Observation::Execution(call) => self.execution(call),
+            Observation::Executing { origin, key } => {
+                self.nested.ask(&origin, &key, true);
+            }
+            Observation::Lookup(call) => self.answered(Answered::Lookup(call)),
+            Observation::Execution(call) => self.answered(Answered::Execution(call)),
             Observation::Question { origin, key, reply } => {
+                if self.has_action_parents(&key.instance) {
+                    self.nested.ask(&origin, &key, false);
+                }
                 let parent = self.build_of(&origin).caller.parent(&key.instance);
-                let group = Group::Invocation(parent.weak_key());
-                if let Some(priming) = self.primings.get(&group) {
-                    priming.tell(Message::Question {
-                        key,
-                        asked: Instant::now(),
-                        reply,
-                    });
+                let own = Group::Invocation(parent.weak_key());
+                let open = self.nested.open().map(|(_, open)| &open.group);
+                let (asked, reply) = (Instant::now(), Arc::new(reply));
+                for group in open.chain([&own]) {
+                    if let Some(priming) = self.primings.get(group) {
+                        priming.tell(Message::Question {
+                            key: key.clone(),
+                            asked,
+                            reply: reply.clone(),
+                        });
+                    }
                 }
             }
             Observation::Disconnected(peer) => {
@@ -327,23 +351,56 @@ impl State {
         }
     }
 
-    fn lookup(&mut self, call: Call) {
+    /// Counts and keeps an answered call, as soon as it is known on whose behalf it was made.
+    fn answered(&mut self, answered: Answered) {
+        if let Some((answered, parent)) = self.nested.decide(answered) {
+            self.attributed(answered, parent.as_ref());
+        }
+    }
+
+    fn attributed(&mut self, answered: Answered, parent: Option<&FlightKey>) {
+        match answered {
+            Answered::Lookup(call) => self.lookup(call, parent),
+            Answered::Execution(call) => self.execution(call, parent),
+        }
+    }
+
+    /// The build on whose behalf a call was made.
+    fn build_for(&mut self, origin: &CallOrigin, parent: Option<&FlightKey>) -> &mut Build {
+        let key = parent.map(|parent| BuildKey::Action(parent.clone()));
+        match key.filter(|key| self.open.contains_key(key)) {
+            // The entry is there; to look again is what the borrow checker wants.
+            Some(key) => {
+                let caller = self.open[&key].caller.clone();
+                let build = self.open.entry(key);
+                let build = build.or_insert_with(|| Build::new(0, caller, 0));
+                build.last_call = Instant::now();
+                build
+            }
+            None => self.build_of(origin),
+        }
+    }
+
+    fn lookup(&mut self, call: Call, parent: Option<&FlightKey>) {
         const OK: u32 = tonic::Code::Ok as u32;
         const NOT_FOUND: u32 = tonic::Code::NotFound as u32;
         match call.answer.status {
             Some(OK) => {
                 let result: Option<ActionResult> = call.answer.last_message();
-                self.asked_for(call, result);
+                self.asked_for(call, result, parent);
             }
             Some(NOT_FOUND) => {
-                self.build_of(&call.origin)
-                    .count(&call.key, Asked::Missed, Duration::ZERO);
+                self.build_for(&call.origin, parent).count(
+                    &call.key,
+                    Asked::Missed,
+                    Duration::ZERO,
+                );
             }
             _ => {}
         }
     }
 
-    fn execution(&mut self, call: Call) {
+    fn execution(&mut self, call: Call, parent: Option<&FlightKey>) {
         let result = match executed(&call) {
             Ok(result) => Some(result),
             Err(reason) => {
@@ -351,17 +408,21 @@ impl State {
                 None
             }
         };
+        if self.nested.is_open(&call.key) {
+            let succeeded = result.clone().filter(|result| result.exit_code == 0);
+            self.end_parent(&call.key, succeeded.map(Arc::new));
+        }
         if call.joined.is_none() {
-            self.build_of(&call.origin)
+            self.build_for(&call.origin, parent)
                 .count(&call.key, Asked::Missed, Duration::ZERO);
         }
-        self.asked_for(call, result);
+        self.asked_for(call, result, parent);
     }
 
     /// Counts an answered call and keeps the action for recording.
-    fn asked_for(&mut self, call: Call, result: Option<ActionResult>) {
+    fn asked_for(&mut self, call: Call, result: Option<ActionResult>, parent: Option<&FlightKey>) {
         let flights = self.workshop.flights.clone();
-        let build = self.build_of(&call.origin);
+        let build = self.build_for(&call.origin, parent);
         let executed = result.as_ref().and_then(execution_time).unwrap_or_default();
         match call.joined {
             Some(waited) => {
@@ -389,19 +450,133 @@ impl State {
                 file_system_root: caller.file_system_root.clone(),
             });
         }
+        if let Some(parent) = parent {
+            self.nested.has_written(parent, &result);
+        }
         if call.joined.is_none() {
-            let parent = caller.parent(&call.key.instance).weak_key();
-            if let Some(priming) = self.primings.get(&Group::Invocation(parent)) {
+            let group = match parent.and_then(|parent| self.nested.group(parent)) {
+                Some(group) => group.clone(),
+                None => Group::Invocation(caller.parent(&call.key.instance).weak_key()),
+            };
+            if let Some(priming) = self.primings.get(&group) {
                 let key = call.key;
                 priming.tell(Message::Observed { key, result });
             }
         }
     }
 
+    fn found(&mut self, found: Found) {
+        match found {
+            Found::Parent(parent) => self.open_parent(*parent),
+            Found::Nested { key, parent } => {
+                for answered in self.nested.attribute(key, parent.clone()) {
+                    self.attributed(answered, parent.as_ref());
+                }
+            }
+            Found::Ended { parent, outputs } => self.close_parent(&parent, outputs),
+        }
+    }
+
+    /// Whether any action parent is recorded that is executed under `instance`.
+    fn has_action_parents(&self, instance: &str) -> bool {
+        let mut identities = self.parents.values().map(|known| &known.identity);
+        identities.any(|identity| {
+            matches!(&identity.kind, ParentKind::Action(action) if *action.instance == *instance)
+        })
+    }
+
+    /// An action parent has been asked for: it is primed with all that depends on it. If it is
+    /// executed, its build begins.
+    fn open_parent(&mut self, found: FoundParent) {
+        let FoundParent {
+            origin,
+            key,
+            executes,
+            identity,
+            input_root,
+            texts,
+        } = found;
+        let caller = self.build_of(&origin).caller.clone();
+        let caller = caller.nested_in(key.clone(), identity.clone());
+        let family = Family::of(&identity, caller.uid, &self.parents);
+        let group = Group::Actions {
+            instance: identity.instance.clone(),
+            uid: caller.uid,
+        };
+        let mut number = None;
+        let build_key = caller.key.clone();
+        if executes && !self.open.contains_key(&build_key) {
+            self.builds += 1;
+            number = Some(self.builds);
+            let mut build = Build::new(self.builds, caller, clock::now_unix_ms());
+            build.primed = family
+                .keys
+                .iter()
+                .filter_map(|key| self.early.remove(key))
+                .sum();
+            self.open.insert(build_key, build);
+            let open = OpenParent {
+                group: group.clone(),
+                keys: family.keys.iter().chain(&family.earlier).copied().collect(),
+                executed: ExecutedParent {
+                    action: key.action,
+                    input_root,
+                    texts: texts.clone(),
+                    outputs: Outputs::new(),
+                },
+            };
+            self.nested.begin(key, open);
+        }
+        if family.is_empty() {
+            return;
+        }
+        let workshop = &self.workshop;
+        self.primings
+            .entry(group)
+            .or_insert_with_key(|group| Priming::start(group, workshop.clone()))
+            .tell(Message::Opened(Opened {
+                current: CurrentParent {
+                    input_root,
+                    texts: texts.into(),
+                    outputs: None,
+                },
+                family,
+                build: number,
+            }));
+    }
+
+    /// An action parent has ended. What was asked on its behalf before is looked at first.
+    fn end_parent(&mut self, parent: &FlightKey, result: Option<Arc<ActionResult>>) {
+        if !self.nested.end(parent, result) {
+            self.close_parent(parent, None);
+        }
+    }
+
+    fn close_parent(&mut self, parent: &FlightKey, outputs: Option<Arc<Outputs>>) {
+        let (closed, rest) = self.nested.close(parent);
+        for answered in rest {
+            self.attributed(answered, None);
+        }
+        let Some(mut closed) = closed else { return };
+        if let (Some(outputs), Some(priming)) = (&outputs, self.primings.get(&closed.group)) {
+            priming.tell(Message::Closed {
+                keys: closed.keys,
+                outputs: outputs.clone(),
+            });
+        }
+        // What failed may have run only some of its actions: nothing is learned from it.
+        let executed = outputs.map(|outputs| {
+            closed.executed.outputs.clone_from(&outputs);
+            Arc::new(closed.executed)
+        });
+        self.close_with(&BuildKey::Action(parent.clone()), executed);
+    }
+
     fn count_primed(&mut self, primed: Primed) {
         let mut builds = self.open.values_mut().chain(&mut self.closed);
-        if let Some(build) = builds.find(|build| Some(build.number) == primed.build) {
-            build.primed += 1;
+        match builds.find(|build| Some(build.number) == primed.build) {
+            Some(build) => build.primed += 1,
+            None => *self.early.entry(primed.parent).or_default() += 1,
         }
     }
 
@@ -424,6 +599,13 @@ impl State {
 
     /// Ends a build: what is queued for it is withdrawn, and it is recorded.
     fn close(&mut self, key: &BuildKey) {
+        match key {
+            BuildKey::Action(parent) => self.end_parent(&parent.clone(), None),
+            _ => self.close_with(key, None),
+        }
+    }
+
+    fn close_with(&mut self, key: &BuildKey, executed: Option<Arc<ExecutedParent>>) {
         let Some(mut build) = self.open.remove(key) else {
             return;
         };
@@ -442,27 +624,48 @@ impl State {
             }),
             Group::Actions { .. } => true,
         });
-        if self.mode.records() && !subactions.is_empty() {
+        let is_nested = matches!(key, BuildKey::Action(_));
+        let executed = executed.map(|executed| (executed, self.action_parents(&build.caller)));
+        let worth_recording = match is_nested {
+            true => executed.is_some(),
+            false => !subactions.is_empty(),
+        };
+        if self.mode.records() && worth_recording {
             let activity = self.workshop.activities.begin();
             let ended = recorder::Message::Ended(Box::new(Ended {
                 caller: build.caller.clone(),
                 subactions,
+                executed,
                 activity,
             }));
             if self.recorder.try_send(ended).is_err() {
                 tracing::warn!("a build was not recorded: too many wait to be");
             }
         }
-        if build.has_asked() {
+        if build.has_asked() || is_nested {
             self.closed.push_front(build);
             self.closed.truncate(REMEMBERED_BUILDS);
         }
     }
 
+    /// The recorded action parents that `caller`'s may depend on.
+    fn action_parents(&self, caller: &Caller) -> Vec<WeakKey> {
+        let known = self.parents.values();
+        let of_its_kind = known.filter(|known| match (&known.identity.kind, &caller.action) {
+            (ParentKind::Action(action), Some(own)) => {
+                known.identity.uid == caller.uid
+                    && action.instance == own.instance
+                    && action.name != own.name
+            }
+            _ => false,
+        });
+        of_its_kind.map(|known| known.key).collect()
+    }
+
     /// Ends the builds that belong to no build tool and have been silent for long enough.
     fn close_silent(&mut self) {
         let now = Instant::now();
-        let busy = self.workshop.flights.has_client_executions();
+        let flights = self.workshop.flights.clone();
         let silent: Vec<BuildKey> = self
             .open
             .iter()
@@ -472,6 +675,10 @@ impl State {
             .map(|(key, _)| key.clone())
             .collect();
         for key in silent {
+            let busy = match &key {
+                BuildKey::Action(parent) => flights.is_executed_by_client(parent),
+                _ => flights.has_client_executions(),
+            };
             if busy {
                 if let Some(build) = self.open.get_mut(&key) {
                     build.last_call = now;
@@ -496,7 +703,8 @@ impl State {
             Request::Status(reply) => {
                 let records = self.workshop.store.counts().unwrap_or_default();
                 let all = self.open.values().chain(&self.closed);
-                let mut builds: Vec<&Build> = all.filter(|build| build.has_asked()).collect();
+                let shown = |build: &&Build| build.has_asked() || build.caller.action.is_some();
+                let mut builds: Vec<&Build> = all.filter(shown).collect();
                 builds.sort_by_key(|build| std::cmp::Reverse(build.number));
                 let status = Status {
                     records,

@@ -285,6 +285,11 @@ impl Flights {
         Some(state.flights.get(key)?.stage.subscribe())
     }
 
+    /// Whether a client is executing `key` itself.
+    pub fn is_executed_by_client(&self, key: &FlightKey) -> bool {
+        self.state.lock().clients.contains_key(key)
+    }
+
     /// Whether a client is executing anything itself.
     pub fn has_client_executions(&self) -> bool {
         !self.state.lock().clients.is_empty()

@@ -6,6 +6,7 @@
 //! The proxy holds an [`Engine`] and asks it one question: is this digest in flight?
 
 mod activity;
+mod attribution;
 mod builds;
 mod callers;
 pub mod engine;
@@ -14,6 +15,7 @@ mod generate;
 mod instantiate;
 mod known;
 mod lane;
+mod nested;
 pub mod observation;
 mod parent;
 mod prepare;
@@ -78,7 +80,7 @@ impl Engine {
                 }
                 PeerOrigin::Local { pid: None, .. } | PeerOrigin::Tcp(_) => true,
             },
-            Observation::Question { .. } => true,
+            Observation::Question { .. } | Observation::Executing { .. } => true,
             Observation::Lookup(_) | Observation::Execution(_) | Observation::Disconnected(_) => {
                 false
             }

@@ -38,6 +38,13 @@ impl CallOrigin {
 pub enum Observation {
     /// The first call on a connection has begun.
     FirstCall(CallOrigin),
+    /// A client's own `Execute` has begun.
+    Executing {
+        /// Who executes.
+        origin: CallOrigin,
+        /// The action.
+        key: FlightKey,
+    },
     /// A `GetActionResult` was answered.
     Lookup(Call),
     /// An `Execute` was answered to its end.

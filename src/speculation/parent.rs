@@ -240,6 +240,9 @@ pub enum Unrecordable {
     /// The client asked that it be not cached: it must not be executed ahead of time.
     #[error("it is marked do_not_cache")]
     DoNotCache,
+    /// What it does depends on the actions that it runs, and it would take their places.
+    #[error("it runs actions itself")]
+    RunsActions,
 }
 
 /// The parts of an encoded `Action` that recording needs.

@@ -8,7 +8,7 @@
 //! Messages are dealt with one after the other. A question is answered when all that came before
 //! it is settled, so "is this digest in flight?" has its answer by then.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -21,10 +21,11 @@ use tonic::Status;
 use super::activity::{Activities, Activity};
 use super::flights::{FlightKey, Landing, Outcome, ending};
 use super::known::{CurrentParent, Known};
-use super::parent::{Parent, ParentKind, WeakKey, action_parts};
+use super::parent::{ActionParent, Parent, ParentKind, WeakKey, action_parts};
 use super::prepare::{self, Job, Queue};
 use super::record::output_files;
 use super::schedule::{Outputs, Plan, PlannedParent, Ready, Results, Share, Subject};
+use super::store::KnownParent;
 use super::workshop::{Primed, Workshop};
 use crate::cas::Digest;
 use crate::reapi::ActionResult;
@@ -71,14 +72,15 @@ pub enum Message {
         /// The files that it wrote, sorted by path.
         outputs: Arc<Outputs>,
     },
-    /// A client's lookup found nothing. `reply` is dropped when the plan is settled.
+    /// A client's lookup found nothing. `reply` is dropped when the plan is settled; it is closed
+    /// when all who were asked have done so.
     Question {
         /// What was looked up.
         key: FlightKey,
         /// When.
         asked: Instant,
         /// Closed for an answer.
-        reply: oneshot::Sender<()>,
+        reply: Arc<oneshot::Sender<()>>,
     },
     /// The records of an invocation were replaced.
     Records(Arc<Parent>),
@@ -93,18 +95,74 @@ pub enum Message {
 
 /// An action parent that has been asked for.
 pub struct Opened {
-    /// What it is recorded under: once for each instance that its command executes under.
-    pub keys: Vec<WeakKey>,
-    /// What others are recorded under that have its name: it was they before its command changed.
-    pub earlier: Vec<WeakKey>,
+    /// Which records it concerns.
+    pub family: Family,
     /// What it is now.
     pub current: CurrentParent,
-    /// Recorded parents that depend on it, directly or not.
+    /// Names the build that speculative work is done for, if it has begun.
+    pub build: Option<u64>,
+}
+
+/// What is recorded of an action parent, and of those that have to do with it.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Family {
+    /// Its own records: one for each instance that its command executes under.
+    pub keys: Vec<WeakKey>,
+    /// Others of its name: what it was before its command changed.
+    pub earlier: Vec<WeakKey>,
+    /// Those that depend on it, directly or not.
     pub dependents: Vec<WeakKey>,
-    /// Recorded parents that it, or one of those, depends on.
+    /// Those that it, or one of its dependents, depends on.
     pub dependencies: Vec<WeakKey>,
-    /// Names the build that speculative work is done for.
-    pub build: u64,
+}
+
+impl Family {
+    /// The family of the action parent `action` of the user `uid`.
+    pub fn of(
+        action: &ActionParent,
+        uid: Option<u32>,
+        parents: &HashMap<WeakKey, KnownParent>,
+    ) -> Self {
+        let mut family = Family::default();
+        for known in parents.values().filter(|known| known.identity.uid == uid) {
+            match &known.identity.kind {
+                ParentKind::Action(other) if other.instance != action.instance => {}
+                ParentKind::Action(other) if other.key == action.key => {
+                    family.keys.push(known.key);
+                }
+                ParentKind::Action(other) if other.name == action.name => {
+                    family.earlier.push(known.key);
+                }
+                _ => {}
+            }
+        }
+        let mut reached: HashSet<WeakKey> = family.own().collect();
+        loop {
+            let depends = |known: &&KnownParent| {
+                !reached.contains(&known.key) && !known.dependencies.is_disjoint(&reached)
+            };
+            let more: Vec<WeakKey> = parents.values().filter(depends).map(|k| k.key).collect();
+            if more.is_empty() {
+                break;
+            }
+            reached.extend(&more);
+            family.dependents.extend(more);
+        }
+        let whole = family.keys.iter().chain(&family.dependents);
+        let dependencies = whole.filter_map(|key| Some(&parents.get(key)?.dependencies));
+        let dependencies: HashSet<WeakKey> = dependencies.flatten().copied().collect();
+        family.dependencies.extend(dependencies);
+        family
+    }
+
+    /// Whether nothing is recorded.
+    pub fn is_empty(&self) -> bool {
+        *self == Family::default()
+    }
+
+    fn own(&self) -> impl Iterator<Item = WeakKey> {
+        self.keys.iter().chain(&self.earlier).copied()
+    }
 }
 
 impl Priming {
@@ -251,25 +309,25 @@ impl Worker {
 
     fn open(&mut self, opened: Opened) {
         let Opened {
-            keys,
-            earlier,
+            family,
             current,
-            dependents,
-            dependencies,
             build,
         } = opened;
-        for key in keys.iter().chain(&earlier) {
-            self.known.parents.insert(*key, current.clone());
+        for key in family.own() {
+            self.known.parents.insert(key, current.clone());
         }
-        for key in &keys {
-            self.builds.insert(*key, build);
+        for key in &family.keys {
+            match build {
+                Some(build) => self.builds.insert(*key, build),
+                None => self.builds.remove(key),
+            };
         }
-        for key in keys.iter().chain(&dependents) {
+        for key in family.keys.iter().chain(&family.dependents) {
             // They may have been recorded again since.
             self.parents.remove(key);
             self.shares.insert(*key, Share::Whole);
         }
-        for key in dependencies {
+        for key in family.dependencies {
             self.shares.entry(key).or_insert(Share::OnDemand);
         }
     }
@@ -493,7 +551,7 @@ impl Worker {
         let directory = &base.working_directory;
         let outputs = match result {
             Some(result) => {
-                match output_files(&self.workshop.cas, &key.instance, directory, result).await {
+                match output_files(&self.workshop, &key.instance, directory, result).await {
                     Ok(outputs) => Some(outputs),
                     Err(status) => {
                         tracing::debug!(action = %key.action, %status, "outputs cannot be read");

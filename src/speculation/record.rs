@@ -10,13 +10,17 @@ use bytes::Bytes;
 use prost::Message;
 use tonic::Status;
 
-use super::parent::{BaseAction, Parent, SubactionKey, action_parts};
+use super::parent::{BaseAction, Parent, SubactionKey, Unrecordable, action_parts};
 use super::schedule::Outputs;
-use super::texts::texts_of;
+use super::texts::{runs_actions, texts_of};
+use super::workshop::Workshop;
 use crate::cas::Digest;
 use crate::cas::digest::required;
-use crate::cas::transfer::Cas;
-use crate::reapi::{Action, ActionResult, Command, Directory, ExecutedActionMetadata, Tree};
+use crate::cas::directories::{Directory, Trees, child_path};
+use crate::reapi::{Action, ActionResult, Command, ExecutedActionMetadata, OutputDirectory, Tree};
+
+/// Directories of an output that are looked into: one that stands at very many places is cut off.
+const MAX_DIRECTORIES: usize = 100_000;
 
 /// An action that a build executed, or found in the action cache.
 #[derive(Clone, Debug)]
@@ -38,11 +42,12 @@ pub struct Subaction {
 /// # Errors
 /// The backend's status, when it cannot be asked; `parent` is then as it was.
 pub async fn record(
-    cas: &Cas,
+    workshop: &Workshop,
     parent: &mut Parent,
     subactions: &[Subaction],
     now_unix_ms: i64,
 ) -> Result<usize, Status> {
+    let cas = &workshop.cas;
     let instance = parent.identity.instance.clone();
     let known: HashMap<Digest, Arc<BaseAction>> = parent
         .actions
@@ -73,8 +78,13 @@ pub async fn record(
                 }
             },
         };
-        let outputs =
-            output_files(cas, &instance, &base.working_directory, &subaction.result).await?;
+        let outputs = output_files(
+            workshop,
+            &instance,
+            &base.working_directory,
+            &subaction.result,
+        )
+        .await?;
         recorded.push(BaseAction {
             outputs,
             duration: execution_time(&subaction.result).unwrap_or(base.duration),
@@ -97,6 +107,12 @@ fn base_action(
         .inspect_err(|reason| tracing::debug!(action = %subaction.action, %reason, "not recorded"))
         .ok()?;
     let command = Command::decode(commands.get(&parts.command)?.clone()).ok()?;
+    let action = Action::decode(encoded.clone()).ok()?;
+    if runs_actions(&action, &command) {
+        let reason = Unrecordable::RunsActions;
+        tracing::debug!(action = %subaction.action, %reason, "not recorded");
+        return None;
+    }
     let mount = subaction
         .working_directory
         .as_deref()
@@ -107,7 +123,7 @@ fn base_action(
         input_root: parts.input_root,
         mount,
         file_system_root: subaction.file_system_root.clone(),
-        texts: distinct_texts(encoded, &command),
+        texts: distinct_texts(&action, &command),
         working_directory: command.working_directory,
         outputs: Vec::new(),
         duration: Duration::ZERO,
@@ -116,9 +132,8 @@ fn base_action(
     })
 }
 
-fn distinct_texts(encoded: &Bytes, command: &Command) -> Vec<String> {
-    let action = Action::decode(encoded.clone()).unwrap_or_default();
-    let mut texts = texts_of(&action, command);
+fn distinct_texts(action: &Action, command: &Command) -> Vec<String> {
+    let mut texts = texts_of(action, command);
     texts.sort_unstable();
     texts.dedup();
     texts
@@ -193,12 +208,12 @@ pub fn execution_time(result: &ActionResult) -> Option<Duration> {
 }
 
 /// The files that an action wrote, those in output directories too: paths relative to the input
-/// root. Directories that cannot be read are left out.
+/// root, sorted. Directories that cannot be read are left out.
 ///
 /// # Errors
 /// The backend's status, when it cannot be asked for an output directory.
 pub async fn output_files(
-    cas: &Cas,
+    workshop: &Workshop,
     instance: &str,
     working_directory: &str,
     result: &ActionResult,
@@ -210,52 +225,72 @@ pub async fn output_files(
             outputs.push((path, digest));
         }
     }
-    let trees = result.output_directories.iter().filter_map(|directory| {
-        let path = normalized(working_directory, &directory.path)?;
-        Some((path, required(directory.tree_digest.as_ref()).ok()?))
-    });
-    let trees: Vec<(String, Digest)> = trees.collect();
-    if !trees.is_empty() {
-        let blobs = cas
-            .fetch(instance, trees.iter().map(|(_, tree)| *tree))
-            .await?;
-        for (path, tree) in trees {
-            if let Some(tree) = blobs
-                .get(&tree)
-                .and_then(|blob| Tree::decode(blob.clone()).ok())
-            {
-                files_of_tree(&path, &tree, &mut outputs);
-            }
-        }
+    for directory in &result.output_directories {
+        let Some(path) = normalized(working_directory, &directory.path) else {
+            continue;
+        };
+        let files = files_in(workshop, instance, directory).await?;
+        outputs.extend(
+            files
+                .into_iter()
+                .map(|(file, digest)| (child_path(&path, &file), digest)),
+        );
     }
     outputs.sort_unstable();
     Ok(outputs)
 }
 
-fn files_of_tree(path: &str, tree: &Tree, outputs: &mut Outputs) {
-    let children: HashMap<Digest, &Directory> = tree
-        .children
-        .iter()
-        .map(|child| (Digest::of_message(child).0, child))
-        .collect();
-    let mut open = vec![(path.to_owned(), tree.root.as_ref())];
-    // A tree in which one child stands at very many places is cut off.
+/// The files in an output directory: paths relative to it.
+///
+/// # Errors
+/// The backend's status, when it cannot be asked.
+pub async fn files_in(
+    workshop: &Workshop,
+    instance: &str,
+    directory: &OutputDirectory,
+) -> Result<Outputs, Status> {
+    let mut files = Outputs::new();
+    let Workshop {
+        cas, directories, ..
+    } = workshop;
+    if let Ok(tree) = required(directory.tree_digest.as_ref()) {
+        let blob = cas.fetch(instance, [tree]).await?.remove(&tree);
+        if let Some(tree) = blob.and_then(|blob| Tree::decode(blob).ok()) {
+            files_of_tree(&tree, &mut files);
+        }
+    } else if let Ok(root) = required(directory.root_directory_digest.as_ref()) {
+        let trees = directories.load(cas, instance, [root]).await?;
+        files_below(root, &trees, &mut files);
+    }
+    Ok(files)
+}
+
+fn files_below(root: Digest, trees: &Trees, files: &mut Outputs) {
+    let mut open = vec![(root, String::new())];
     let mut visits = 0;
-    while let Some((path, directory)) = open.pop() {
+    while let Some((digest, path)) = open.pop() {
         visits += 1;
-        let Some(directory) = directory.filter(|_| visits <= 100_000) else {
+        let Some(directory) = trees.get(&digest).filter(|_| visits <= MAX_DIRECTORIES) else {
             continue;
         };
-        for file in &directory.files {
-            if let Ok(digest) = required(file.digest.as_ref()) {
-                outputs.push((format!("{path}/{}", file.name), digest));
-            }
+        let here = directory.files.iter();
+        files.extend(here.map(|(name, file)| (child_path(&path, name), *file)));
+        for (name, child) in &directory.directories {
+            open.push((*child, child_path(&path, name)));
         }
-        for child in &directory.directories {
-            let directory = required(child.digest.as_ref()).ok();
-            let directory = directory.and_then(|digest| children.get(&digest).copied());
-            open.push((format!("{path}/{}", child.name), directory));
+    }
+}
+
+fn files_of_tree(tree: &Tree, outputs: &mut Outputs) {
+    let mut trees = Trees::new();
+    for child in tree.root.iter().chain(&tree.children) {
+        let (digest, encoded) = Digest::of_message(child);
+        if let Some(directory) = Directory::parse(encoded) {
+            trees.insert(digest, Arc::new(directory));
         }
+    }
+    if let Some(root) = &tree.root {
+        files_below(Digest::of_message(root).0, &trees, outputs);
     }
 }
 
@@ -277,6 +312,7 @@ fn normalized(directory: &str, path: &str) -> Option<String> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::reapi;
 
     #[test]
     fn output_paths_become_relative_to_the_input_root() {
@@ -304,27 +340,27 @@ mod tests {
 
     #[test]
     fn files_in_output_directories_are_outputs() {
-        let leaf = Directory {
-            files: vec![crate::reapi::FileNode {
+        let leaf = reapi::Directory {
+            files: vec![reapi::FileNode {
                 name: "x.h".to_owned(),
                 digest: Some(Digest::of(b"x").to_proto()),
                 ..Default::default()
             }],
-            ..Directory::default()
+            ..reapi::Directory::default()
         };
-        let root = Directory {
-            directories: vec![crate::reapi::DirectoryNode {
+        let root = reapi::Directory {
+            directories: vec![reapi::DirectoryNode {
                 name: "sub".to_owned(),
                 digest: Some(Digest::of_message(&leaf).0.to_proto()),
             }],
-            ..Directory::default()
+            ..reapi::Directory::default()
         };
         let tree = Tree {
             root: Some(root),
             children: vec![leaf],
         };
         let mut outputs = Outputs::new();
-        files_of_tree("gen", &tree, &mut outputs);
-        assert_eq!(outputs, [("gen/sub/x.h".to_owned(), Digest::of(b"x"))]);
+        files_of_tree(&tree, &mut outputs);
+        assert_eq!(outputs, [("sub/x.h".to_owned(), Digest::of(b"x"))]);
     }
 }

@@ -9,10 +9,12 @@ use tokio::sync::{mpsc, oneshot};
 use super::activity::Activity;
 use super::callers::Caller;
 use super::flights::FlightKey;
-use super::generate::{Sources, generate};
-use super::parent::{Parent, ParentIdentity, WeakKey};
+use super::generate::{ReadFiles, Sources, generate};
+use super::parent::{ExecutedParent, Parent, ParentIdentity, ParentKind, WeakKey};
 use super::record::{Subaction, record};
 use super::workshop::Workshop;
+use crate::cas::Digest;
+use crate::cas::directories::Trees;
 use crate::config::Mode;
 use crate::task;
 
@@ -30,6 +32,9 @@ pub struct Ended {
     pub caller: Caller,
     /// What it asked for.
     pub subactions: HashMap<FlightKey, Subaction>,
+    /// What was executed, if it was for an action parent, and recorded parents that it may depend
+    /// on.
+    pub executed: Option<(Arc<ExecutedParent>, Vec<WeakKey>)>,
     /// Counts as activity until it is recorded.
     pub activity: Activity,
 }
@@ -64,11 +69,21 @@ pub async fn run(
         for (key, subaction) in build.subactions {
             by_instance.entry(key.instance).or_default().push(subaction);
         }
+        if let (Some(action), true) = (&build.caller.action, by_instance.is_empty()) {
+            // Others may depend on it all the same.
+            by_instance.insert(action.instance.clone(), Vec::new());
+        }
         for (instance, mut subactions) in by_instance {
             let identity = build.caller.parent(&instance);
             subactions.sort_by_key(|subaction| subaction.order);
             let label = identity.label();
-            match record_build(&workshop, mode, identity, &subactions).await {
+            let recording = Recording {
+                workshop: &workshop,
+                mode,
+                identity,
+                executed: build.executed.as_ref(),
+            };
+            match recording.record(&subactions).await {
                 Ok((parent, dropped)) => {
                     let activity = build.activity.clone();
                     let message = Recorded {
@@ -85,73 +100,125 @@ pub async fn run(
     }
 }
 
-async fn record_build(
-    workshop: &Workshop,
+/// What a build is recorded with.
+struct Recording<'a> {
+    workshop: &'a Workshop,
     mode: Mode,
     identity: ParentIdentity,
-    subactions: &[Subaction],
-) -> Result<(Arc<Parent>, Vec<WeakKey>), String> {
-    let store = workshop.store.clone();
-    let weak_key = identity.weak_key();
-    let known = task::blocking("loading records", move || store.load(weak_key)).await;
-    let known = match known {
-        Some(Ok(known)) => known,
-        Some(Err(error)) => return Err(error.to_string()),
-        None => return Err("loading its earlier records failed".to_owned()),
-    };
-    let mut parent = known.unwrap_or_else(|| Parent::new(identity.clone()));
-    parent.identity = identity;
-    let now = crate::clock::now_unix_ms();
-    let unrecorded = record(&workshop.cas, &mut parent, subactions, now)
-        .await
-        .map_err(|status| format!("its actions cannot be read: {status}"))?;
-    if unrecorded > 0 {
-        tracing::info!(
-            parent = parent.identity.label(),
-            unrecorded,
-            "some actions were not recorded: they are not in the CAS, or must not be repeated"
-        );
-    }
-    let instance = parent.identity.instance.clone();
-    let roots: Vec<_> = parent
-        .actions
-        .values()
-        .map(|base| base.input_root)
-        .collect();
-    let trees = workshop
-        .directories
-        .load(&workshop.cas, &instance, roots)
-        .await
-        .map_err(|status| format!("its input trees cannot be read: {status}"))?;
-    // What the CAS has lost cannot be adapted again.
-    parent
-        .actions
-        .retain(|_, base| trees.contains_key(&base.input_root));
-    let store = workshop.store.clone();
-    let index = workshop.index.clone();
-    let label = parent.identity.label();
-    let saved = task::blocking("generation", move || {
+    executed: Option<&'a (Arc<ExecutedParent>, Vec<WeakKey>)>,
+}
+
+impl Recording<'_> {
+    async fn record(self, subactions: &[Subaction]) -> Result<(Arc<Parent>, Vec<WeakKey>), String> {
+        let Recording {
+            workshop,
+            mode,
+            identity,
+            executed,
+        } = self;
+        let known = load(workshop, vec![identity.weak_key()]).await?.pop();
+        let mut parent = known.unwrap_or_else(|| Parent::new(identity.clone()));
+        parent.identity = identity;
+        let now = crate::clock::now_unix_ms();
+        let unrecorded = record(workshop, &mut parent, subactions, now)
+            .await
+            .map_err(|status| format!("its actions cannot be read: {status}"))?;
+        if unrecorded > 0 {
+            tracing::info!(
+                parent = parent.identity.label(),
+                unrecorded,
+                "some actions were not recorded: they are not in the CAS, or must not be repeated"
+            );
+        }
+        if let Some((executed, _)) = executed {
+            // It runs all of its actions each time.
+            parent
+                .actions
+                .retain(|_, base| base.last_seen_unix_ms == now);
+            parent.executed = Some(executed.clone());
+        }
+        let instance = parent.identity.instance.clone();
+        let roots: Vec<_> = parent
+            .actions
+            .values()
+            .map(|base| base.input_root)
+            .collect();
+        let mut trees = load_trees(workshop, &instance, roots).await?;
+        // What the CAS has lost cannot be adapted again.
+        parent
+            .actions
+            .retain(|_, base| trees.contains_key(&base.input_root));
         let actions: Vec<_> = parent.actions.values().cloned().collect();
-        parent.overlays = generate(&actions, &trees, &Sources::Disk(&index), mode);
-        let dropped = store.save(&parent, &index.take_unsaved());
-        (Arc::new(parent), dropped)
-    })
-    .await;
-    let Some((parent, dropped)) = saved else {
-        return Err("generating its overlays failed".to_owned());
-    };
-    tracing::info!(
-        parent = label,
-        actions = parent.actions.len(),
-        overlays = parent.overlays.iter().count(),
-        "recorded a build"
-    );
-    match dropped {
-        Ok(dropped) => Ok((parent, dropped)),
-        Err(error) => {
-            // A full disk, say: the records stay in memory as long as somebody holds them.
-            tracing::warn!(parent = label, %error, "records could not be saved");
-            Ok((parent, Vec::new()))
+        let mut others = Vec::new();
+        if let (Some((executed, keys)), ParentKind::Action(action)) =
+            (executed, &parent.identity.kind)
+        {
+            let read = ReadFiles::of(&actions, &trees);
+            let loaded = load(workshop, keys.clone()).await?;
+            others.extend(loaded.into_iter().map(Arc::new));
+            others.retain(|other| read.depend_on(other));
+            let of_others = others.iter().filter_map(|other| other.executed.as_ref());
+            let roots = of_others
+                .chain([executed])
+                .map(|executed| executed.input_root);
+            trees.extend(load_trees(workshop, &action.instance, roots.collect()).await?);
+        }
+        let store = workshop.store.clone();
+        let index = workshop.index.clone();
+        let label = parent.identity.label();
+        let saved = task::blocking("generation", move || {
+            let sources = match &parent.executed {
+                Some(executed) => Sources::Tree {
+                    own: executed.input_root,
+                    others: &others,
+                },
+                None => Sources::Disk(&index),
+            };
+            parent.overlays = generate(&actions, &trees, &sources, mode);
+            let dropped = store.save(&parent, &index.take_unsaved());
+            (Arc::new(parent), dropped)
+        })
+        .await;
+        let Some((parent, dropped)) = saved else {
+            return Err("generating its overlays failed".to_owned());
+        };
+        tracing::info!(
+            parent = label,
+            actions = parent.actions.len(),
+            overlays = parent.overlays.iter().count(),
+            "recorded a build"
+        );
+        match dropped {
+            Ok(dropped) => Ok((parent, dropped)),
+            Err(error) => {
+                // A full disk, say: the records stay in memory as long as somebody holds them.
+                tracing::warn!(parent = label, %error, "records could not be saved");
+                Ok((parent, Vec::new()))
+            }
         }
     }
+}
+
+/// Those of the parents that are recorded.
+async fn load(workshop: &Workshop, keys: Vec<WeakKey>) -> Result<Vec<Parent>, String> {
+    let store = workshop.store.clone();
+    let loading = task::blocking("loading records", move || {
+        let loaded = keys.into_iter().map(|key| store.load(key));
+        let loaded = loaded.filter_map(Result::transpose);
+        loaded.collect::<Result<Vec<_>, _>>()
+    });
+    match loading.await {
+        Some(loaded) => loaded.map_err(|error| error.to_string()),
+        None => Err("loading earlier records failed".to_owned()),
+    }
+}
+
+async fn load_trees(
+    workshop: &Workshop,
+    instance: &str,
+    roots: Vec<Digest>,
+) -> Result<Trees, String> {
+    let trees = workshop.directories.load(&workshop.cas, instance, roots);
+    let trees = trees.await;
+    trees.map_err(|status| format!("its input trees cannot be read: {status}"))
 }

@@ -1,0 +1,417 @@
+//! Attribution: finds out what the actions are that clients ask for. Some run actions themselves
+//! (action parents); others are asked for on behalf of such a one, by a connection that tells
+//! nothing of it. These are known by their content: a nested action reads what its parent's input
+//! tree holds, and what other actions of that parent have written.
+//!
+//! A task of its own, because it has to read actions and trees from the CAS. What is asked of it
+//! is answered in order.
+
+use std::collections::{HashMap, HashSet};
+use std::sync::Arc;
+
+use bytes::Bytes;
+use prost::Message as _;
+use tokio::sync::mpsc;
+use tonic::Status;
+
+use super::activity::{Activities, Activity};
+use super::flights::FlightKey;
+use super::observation::CallOrigin;
+use super::parent::{ActionParent, action_parts};
+use super::record::{files_in, output_files};
+use super::schedule::Outputs;
+use super::texts::{parent_key, runs_actions, texts_of};
+use super::workshop::Workshop;
+use crate::cas::Digest;
+use crate::cas::digest::required;
+use crate::cas::directories::Trees;
+use crate::reapi::{Action, ActionResult, Command};
+use crate::task;
+
+/// Questions that are answered together.
+const BATCH: usize = 256;
+/// Questions that may wait; further ones are not answered.
+const MAILBOX: usize = 16 * 1024;
+/// Answers that may wait.
+const ANSWERS: usize = 1024;
+
+/// What is asked, or told.
+pub enum Message {
+    /// A client asks for this action, on behalf of whom?
+    Asked {
+        /// Who asks.
+        origin: CallOrigin,
+        /// The action.
+        key: FlightKey,
+        /// Whether it executes it.
+        executes: bool,
+    },
+    /// An action of that parent has written these files.
+    Wrote {
+        /// The parent.
+        parent: FlightKey,
+        /// Path and digest of each.
+        files: Outputs,
+    },
+    /// An action parent has ended with this result, or without one.
+    Ended {
+        /// The parent.
+        parent: FlightKey,
+        /// With exit code 0.
+        result: Option<Arc<ActionResult>>,
+    },
+}
+
+/// What was found out.
+pub enum Found {
+    /// The action runs actions itself.
+    Parent(Box<FoundParent>),
+    /// It is asked for on behalf of an action parent that is open, or of none of these.
+    Nested {
+        /// The action.
+        key: FlightKey,
+        /// The parent.
+        parent: Option<FlightKey>,
+    },
+    /// All that was asked before the parent ended is answered.
+    Ended {
+        /// The parent.
+        parent: FlightKey,
+        /// The files that it wrote, sorted by path; `None` if it failed.
+        outputs: Option<Arc<Outputs>>,
+    },
+}
+
+/// An action that runs actions itself.
+pub struct FoundParent {
+    /// Who asks for it.
+    pub origin: CallOrigin,
+    /// The action.
+    pub key: FlightKey,
+    /// Whether it is executed, and so open until it has ended.
+    pub executes: bool,
+    /// What it is known by.
+    pub identity: ActionParent,
+    /// Its input tree.
+    pub input_root: Digest,
+    /// Its digest-valued text.
+    pub texts: Vec<String>,
+}
+
+/// A handle on the task.
+pub struct Attributor {
+    mailbox: mpsc::Sender<(Message, Activity)>,
+    activities: Activities,
+}
+
+impl Attributor {
+    /// Starts the task. Its answers come by the other end.
+    pub fn start(workshop: Workshop) -> (Self, mpsc::Receiver<(Found, Activity)>) {
+        let (mailbox, messages) = mpsc::channel(MAILBOX);
+        let (found, answers) = mpsc::channel(ANSWERS);
+        let activities = workshop.activities.clone();
+        task::spawn("attribution", run(workshop, messages, found));
+        let attributor = Attributor {
+            mailbox,
+            activities,
+        };
+        (attributor, answers)
+    }
+
+    /// Tells it something. Says whether there was room for that.
+    pub fn tell(&self, message: Message) -> bool {
+        let message = (message, self.activities.begin());
+        self.mailbox.try_send(message).is_ok()
+    }
+}
+
+/// Answers questions until there are no more.
+async fn run(
+    workshop: Workshop,
+    mut messages: mpsc::Receiver<(Message, Activity)>,
+    found: mpsc::Sender<(Found, Activity)>,
+) {
+    let mut attribution = Attribution {
+        workshop,
+        open: HashMap::new(),
+        by_connection: HashMap::new(),
+    };
+    let mut batch = Vec::new();
+    while messages.recv_many(&mut batch, BATCH).await > 0 {
+        let (messages, activities): (Vec<_>, Vec<_>) = batch.drain(..).unzip();
+        let activity = activities.into_iter().next();
+        let Some(activity) = activity else { continue };
+        for answer in attribution.answer(messages).await {
+            // An engine that is gone needs no answer.
+            let _ = found.send((answer, activity.clone())).await;
+        }
+    }
+}
+
+struct Attribution {
+    workshop: Workshop,
+    open: HashMap<FlightKey, OpenParent>,
+    /// On behalf of which open parents a connection has asked.
+    by_connection: HashMap<u64, HashSet<FlightKey>>,
+}
+
+struct OpenParent {
+    working_directory: String,
+    /// Files of its input tree, and those that its actions have written: each with its names.
+    files: HashMap<Digest, HashSet<String>>,
+    /// Its client's `correlated_invocations_id`, if any.
+    correlated: String,
+}
+
+/// An action that is asked for, as it is stored.
+struct Stored {
+    action: Action,
+    encoded: Bytes,
+}
+
+impl Attribution {
+    async fn answer(&mut self, messages: Vec<Message>) -> Vec<Found> {
+        let asked = messages.iter().filter_map(|message| match message {
+            Message::Asked { key, .. } => Some(key),
+            _ => None,
+        });
+        let actions = self.actions(asked).await;
+        let mut answers = Vec::new();
+        for message in messages {
+            match message {
+                Message::Asked {
+                    origin,
+                    key,
+                    executes,
+                } => {
+                    let parent = match actions.get(&key) {
+                        Some(stored) => self.parent(&origin, &key, stored, executes).await,
+                        None => None,
+                    };
+                    match parent {
+                        Some(parent) => answers.push(Found::Parent(Box::new(parent))),
+                        None => {
+                            let parent = match actions.get(&key) {
+                                Some(stored) => self.asked_for_by(&origin, &key, stored).await,
+                                None => None,
+                            };
+                            answers.push(Found::Nested { key, parent });
+                        }
+                    }
+                }
+                Message::Wrote { parent, files } => {
+                    if let Some(open) = self.open.get_mut(&parent) {
+                        open.add_files(files);
+                    }
+                }
+                Message::Ended { parent, result } => {
+                    let outputs = match (self.open.remove(&parent), result) {
+                        (Some(open), Some(result)) => {
+                            let outputs = self.outputs(&parent, &open, &result).await;
+                            outputs.map(Arc::new)
+                        }
+                        _ => None,
+                    };
+                    for parents in self.by_connection.values_mut() {
+                        parents.remove(&parent);
+                    }
+                    self.by_connection.retain(|_, parents| !parents.is_empty());
+                    answers.push(Found::Ended { parent, outputs });
+                }
+            }
+        }
+        answers
+    }
+
+    /// The actions of `keys`, as far as the CAS has them.
+    async fn actions(&self, keys: impl Iterator<Item = &FlightKey>) -> HashMap<FlightKey, Stored> {
+        let mut by_instance: HashMap<Arc<str>, Vec<Digest>> = HashMap::new();
+        for key in keys {
+            let digests = by_instance.entry(key.instance.clone()).or_default();
+            digests.push(key.action);
+        }
+        let mut actions = HashMap::new();
+        for (instance, digests) in by_instance {
+            let blobs = match self.workshop.cas.fetch(&instance, digests).await {
+                Ok(blobs) => blobs,
+                Err(status) => {
+                    tracing::debug!(%status, "actions that clients ask for cannot be read");
+                    continue;
+                }
+            };
+            for (action, encoded) in blobs {
+                let instance = instance.clone();
+                if let Ok(decoded) = Action::decode(encoded.clone()) {
+                    let stored = Stored {
+                        action: decoded,
+                        encoded,
+                    };
+                    actions.insert(FlightKey { instance, action }, stored);
+                }
+            }
+        }
+        actions
+    }
+
+    /// Opens a parent, if the action is one.
+    async fn parent(
+        &mut self,
+        origin: &CallOrigin,
+        key: &FlightKey,
+        stored: &Stored,
+        executes: bool,
+    ) -> Option<FoundParent> {
+        let parts = action_parts(&stored.encoded).ok()?;
+        // Newer clients put the platform into the action, and need not be asked for the command.
+        if stored.action.platform.is_some() && !runs_actions(&stored.action, &Command::default()) {
+            return None;
+        }
+        let fetched = self
+            .workshop
+            .cas
+            .fetch(&key.instance, [parts.command])
+            .await;
+        let encoded = fetched.ok()?.remove(&parts.command)?;
+        let command = Command::decode(encoded).ok()?;
+        if !runs_actions(&stored.action, &command) {
+            return None;
+        }
+        if executes && !self.open.contains_key(key) {
+            let trees = self.trees(key, parts.input_root).await.ok()?;
+            let mut open = OpenParent {
+                working_directory: command.working_directory.clone(),
+                files: HashMap::new(),
+                correlated: origin.request_metadata().correlated_invocations_id,
+            };
+            for directory in trees.values() {
+                open.add_files(directory.files.iter().cloned());
+            }
+            self.open.insert(key.clone(), open);
+        }
+        Some(FoundParent {
+            origin: origin.clone(),
+            key: key.clone(),
+            executes,
+            identity: ActionParent {
+                instance: key.instance.clone(),
+                key: parent_key(&stored.action, &command),
+                name: name_of(&command),
+            },
+            input_root: parts.input_root,
+            texts: texts_of(&stored.action, &command),
+        })
+    }
+
+    async fn trees(&self, key: &FlightKey, root: Digest) -> Result<Trees, Status> {
+        let Workshop {
+            cas, directories, ..
+        } = &self.workshop;
+        directories.load(cas, &key.instance, [root]).await
+    }
+
+    /// The open parent on whose behalf an action is asked for. It holds more of what the action
+    /// reads than any other, and most of it; or as much as others, and the client says that it
+    /// works for that one, or has worked for no other of them by this connection.
+    async fn asked_for_by(
+        &mut self,
+        origin: &CallOrigin,
+        key: &FlightKey,
+        stored: &Stored,
+    ) -> Option<FlightKey> {
+        if self.open.is_empty() {
+            return None;
+        }
+        let root = required(stored.action.input_root_digest.as_ref()).ok()?;
+        let trees = self.trees(key, root).await.ok()?;
+        let directories = trees.values();
+        let files: HashSet<(&str, Digest)> = directories
+            .flat_map(|directory| &directory.files)
+            .map(|(name, digest)| (name.as_str(), *digest))
+            .collect();
+        let held = |open: &OpenParent| {
+            let held = files
+                .iter()
+                .filter(|(name, digest)| open.holds(name, digest));
+            held.count()
+        };
+        let shares = self.open.iter().map(|(parent, open)| (held(open), parent));
+        let shares: Vec<(usize, &FlightKey)> = shares.collect();
+        let most = shares.iter().map(|(held, _)| *held).max()?;
+        if most * 2 <= files.len() {
+            return None;
+        }
+        let mut candidates: Vec<&FlightKey> = shares
+            .into_iter()
+            .filter(|(held, _)| *held == most)
+            .map(|(_, parent)| parent)
+            .collect();
+        if candidates.len() > 1 {
+            let correlated = origin.request_metadata().correlated_invocations_id;
+            let says = |parent: &&FlightKey| {
+                !correlated.is_empty() && self.open[*parent].correlated == correlated
+            };
+            let known = self.by_connection.get(&origin.peer.id());
+            let worked_for =
+                |parent: &&FlightKey| known.is_some_and(|known| known.contains(*parent));
+            for fits in [&says as &dyn Fn(&&FlightKey) -> bool, &worked_for] {
+                let fitting: Vec<_> = candidates.iter().copied().filter(fits).collect();
+                if fitting.len() == 1 {
+                    candidates = fitting;
+                    break;
+                }
+            }
+        }
+        let [parent] = candidates.as_slice() else {
+            return None;
+        };
+        let parent = (*parent).clone();
+        let worked_for = self.by_connection.entry(origin.peer.id()).or_default();
+        worked_for.insert(parent.clone());
+        Some(parent)
+    }
+
+    /// The files of a parent's result, sorted. Those in output directories are named as they stand
+    /// there, as they will be staged elsewhere.
+    async fn outputs(
+        &self,
+        key: &FlightKey,
+        open: &OpenParent,
+        result: &ActionResult,
+    ) -> Option<Outputs> {
+        let mut own = result.clone();
+        let directories = std::mem::take(&mut own.output_directories);
+        let files = output_files(&self.workshop, &key.instance, &open.working_directory, &own);
+        let mut files = files.await.ok()?;
+        for directory in &directories {
+            let files_in = files_in(&self.workshop, &key.instance, directory);
+            files.extend(files_in.await.ok()?);
+        }
+        files.sort_unstable();
+        Some(files)
+    }
+}
+
+impl OpenParent {
+    fn add_files(&mut self, files: impl IntoIterator<Item = (String, Digest)>) {
+        for (path, digest) in files {
+            let name = path.rsplit('/').next().unwrap_or_default();
+            self.files
+                .entry(digest)
+                .or_default()
+                .insert(name.to_owned());
+        }
+    }
+
+    fn holds(&self, name: &str, digest: &Digest) -> bool {
+        let names = self.files.get(digest);
+        names.is_some_and(|names| names.contains(name))
+    }
+}
+
+/// What people know a command by: where it runs, or what it calls.
+fn name_of(command: &Command) -> String {
+    match command.working_directory.as_str() {
+        "" => command.arguments.first().cloned().unwrap_or_default(),
+        directory => directory.to_owned(),
+    }
+}

@@ -1,0 +1,161 @@
+//! Action parents that are open, and the calls made while they are: each is held until it is known
+//! on whose behalf it was made.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+
+use super::attribution::{Attributor, Message};
+use super::flights::FlightKey;
+use super::observation::{Call, CallOrigin};
+use super::parent::{ExecutedParent, WeakKey};
+use super::priming::Group;
+use crate::reapi::ActionResult;
+
+/// Calls that are held at a time; further ones are taken for the client's own.
+const MAX_HELD: usize = 100_000;
+
+/// An action parent that is being executed.
+pub struct OpenParent {
+    /// It is primed with these.
+    pub group: Group,
+    /// What it, and what had its name before, is recorded under.
+    pub keys: Vec<WeakKey>,
+    /// What it is executed as; its outputs come last.
+    pub executed: ExecutedParent,
+}
+
+/// A call that was answered.
+pub enum Answered {
+    /// A lookup.
+    Lookup(Call),
+    /// An execution.
+    Execution(Call),
+}
+
+impl Answered {
+    fn call(&self) -> &Call {
+        match self {
+            Answered::Lookup(call) | Answered::Execution(call) => call,
+        }
+    }
+
+    fn has_result(&self) -> bool {
+        match self {
+            Answered::Lookup(call) => call.answer.status == Some(tonic::Code::Ok as u32),
+            Answered::Execution(_) => true,
+        }
+    }
+}
+
+/// What is open.
+pub struct Nested {
+    attributor: Attributor,
+    open: HashMap<FlightKey, OpenParent>,
+    /// On whose behalf actions are asked for, as far as it is known.
+    attributed: HashMap<FlightKey, Option<FlightKey>>,
+    held: HashMap<FlightKey, Vec<Answered>>,
+}
+
+impl Nested {
+    /// Nothing is open.
+    pub fn new(attributor: Attributor) -> Self {
+        Nested {
+            attributor,
+            open: HashMap::new(),
+            attributed: HashMap::new(),
+            held: HashMap::new(),
+        }
+    }
+
+    /// Asks what an action is, and on whose behalf it is asked for.
+    pub fn ask(&self, origin: &CallOrigin, key: &FlightKey, executes: bool) -> bool {
+        self.attributor.tell(Message::Asked {
+            origin: origin.clone(),
+            key: key.clone(),
+            executes,
+        })
+    }
+
+    /// Gives an answered call back with the parent on whose behalf it was made, or holds it until
+    /// that is known.
+    pub fn decide(&mut self, answered: Answered) -> Option<(Answered, Option<FlightKey>)> {
+        let call = answered.call();
+        if self.open.is_empty() || self.open.contains_key(&call.key) {
+            return Some((answered, None));
+        }
+        if let Some(parent) = self.attributed.get(&call.key) {
+            let parent = parent.clone();
+            return Some((answered, parent));
+        }
+        // What was missed will be executed, and is asked about then.
+        if answered.has_result() && !self.ask(&call.origin, &call.key, false)
+            || self.held.len() >= MAX_HELD
+        {
+            return Some((answered, None));
+        }
+        let held = self.held.entry(call.key.clone()).or_default();
+        held.push(answered);
+        None
+    }
+
+    /// It is known now on whose behalf an action is asked for: the calls about it that were held.
+    pub fn attribute(&mut self, key: FlightKey, parent: Option<FlightKey>) -> Vec<Answered> {
+        let held = self.held.remove(&key).unwrap_or_default();
+        if !self.open.is_empty() {
+            self.attributed.insert(key, parent);
+        }
+        held
+    }
+
+    /// The parents that are open.
+    pub fn open(&self) -> impl Iterator<Item = (&FlightKey, &OpenParent)> {
+        self.open.iter()
+    }
+
+    /// Whether an action is an open parent.
+    pub fn is_open(&self, key: &FlightKey) -> bool {
+        self.open.contains_key(key)
+    }
+
+    /// What is primed with an open parent.
+    pub fn group(&self, key: &FlightKey) -> Option<&Group> {
+        self.open.get(key).map(|open| &open.group)
+    }
+
+    /// Opens a parent.
+    pub fn begin(&mut self, key: FlightKey, parent: OpenParent) {
+        self.open.insert(key, parent);
+    }
+
+    /// An action of `parent` has this result.
+    pub fn has_written(&self, parent: &FlightKey, result: &ActionResult) {
+        let files = result.output_files.iter().filter_map(|file| {
+            let digest = crate::cas::digest::required(file.digest.as_ref()).ok()?;
+            Some((file.path.clone(), digest))
+        });
+        // One that is not told knows less of what its actions read.
+        self.attributor.tell(Message::Wrote {
+            parent: parent.clone(),
+            files: files.collect(),
+        });
+    }
+
+    /// A parent has ended. It is closed when all that was asked before is answered.
+    pub fn end(&self, parent: &FlightKey, result: Option<Arc<ActionResult>>) -> bool {
+        self.attributor.tell(Message::Ended {
+            parent: parent.clone(),
+            result,
+        })
+    }
+
+    /// Closes a parent. With the last one, calls of which nothing was found out are given back.
+    pub fn close(&mut self, parent: &FlightKey) -> (Option<OpenParent>, Vec<Answered>) {
+        let closed = self.open.remove(parent);
+        let mut rest = Vec::new();
+        if self.open.is_empty() {
+            self.attributed.clear();
+            rest.extend(self.held.drain().flat_map(|(_, held)| held));
+        }
+        (closed, rest)
+    }
+}
