@@ -46,10 +46,10 @@ pub enum Message {
         /// Whether it executes it.
         executes: bool,
     },
-    /// An action of that parent has written these files.
+    /// An action, which was asked about before, has written these files.
     Wrote {
-        /// The parent.
-        parent: FlightKey,
+        /// The action.
+        key: FlightKey,
         /// Path and digest of each.
         files: Outputs,
     },
@@ -134,6 +134,7 @@ async fn run(
     let mut attribution = Attribution {
         workshop,
         open: HashMap::new(),
+        attributed: HashMap::new(),
         by_connection: HashMap::new(),
     };
     let mut batch = Vec::new();
@@ -151,6 +152,8 @@ async fn run(
 struct Attribution {
     workshop: Workshop,
     open: HashMap<FlightKey, OpenParent>,
+    /// The open parents on whose behalf actions were asked for.
+    attributed: HashMap<FlightKey, FlightKey>,
     /// On behalf of which open parents a connection has asked.
     by_connection: HashMap<u64, HashSet<FlightKey>>,
 }
@@ -184,23 +187,25 @@ impl Attribution {
                     key,
                     executes,
                 } => {
-                    let parent = match actions.get(&key) {
-                        Some(stored) => self.parent(&origin, &key, stored, executes).await,
-                        None => None,
+                    // One that is not uploaded yet will be asked about again.
+                    let Some(stored) = actions.get(&key) else {
+                        continue;
                     };
-                    match parent {
-                        Some(parent) => answers.push(Found::Parent(Box::new(parent))),
+                    let parent = self.parent(&origin, &key, stored, executes).await;
+                    answers.push(match parent {
+                        Some(parent) => Found::Parent(Box::new(parent)),
                         None => {
-                            let parent = match actions.get(&key) {
-                                Some(stored) => self.asked_for_by(&origin, &key, stored).await,
-                                None => None,
-                            };
-                            answers.push(Found::Nested { key, parent });
+                            let parent = self.asked_for_by(&origin, &key, stored).await;
+                            if let Some(parent) = &parent {
+                                self.attributed.insert(key.clone(), parent.clone());
+                            }
+                            Found::Nested { key, parent }
                         }
-                    }
+                    });
                 }
-                Message::Wrote { parent, files } => {
-                    if let Some(open) = self.open.get_mut(&parent) {
+                Message::Wrote { key, files } => {
+                    let parent = self.attributed.get(&key);
+                    if let Some(open) = parent.and_then(|parent| self.open.get_mut(parent)) {
                         open.add_files(files);
                     }
                 }
@@ -216,6 +221,7 @@ impl Attribution {
                         parents.remove(&parent);
                     }
                     self.by_connection.retain(|_, parents| !parents.is_empty());
+                    self.attributed.retain(|_, of| *of != parent);
                     answers.push(Found::Ended { parent, outputs });
                 }
             }

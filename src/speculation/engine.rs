@@ -33,8 +33,7 @@ use crate::cas::directories::DirectoryCache;
 use crate::cas::transfer::Cas;
 use crate::clock;
 use crate::config::Mode;
-use crate::reapi::google::longrunning::{Operation, operation};
-use crate::reapi::{ActionResult, ExecuteResponse};
+use crate::reapi::ActionResult;
 use crate::task;
 use crate::workspace::index::FileIndex;
 use crate::workspace::process::Process;
@@ -401,7 +400,7 @@ impl State {
     }
 
     fn execution(&mut self, call: Call, parent: Option<&FlightKey>) {
-        let result = match executed(&call) {
+        let result = match call.executed() {
             Ok(result) => Some(result),
             Err(reason) => {
                 tracing::info!(action = %call.key.action, reason, "an execution ended without a result");
@@ -449,9 +448,6 @@ impl State {
                 working_directory: caller.working_directory.clone(),
                 file_system_root: caller.file_system_root.clone(),
             });
-        }
-        if let Some(parent) = parent {
-            self.nested.has_written(parent, &result);
         }
         if call.joined.is_none() {
             let group = match parent.and_then(|parent| self.nested.group(parent)) {
@@ -763,28 +759,4 @@ impl State {
             }
         }
     }
-}
-
-/// The result at the end of an `Execute`, or what was said in its place.
-fn executed(call: &Call) -> Result<ActionResult, String> {
-    if call.answer.status != Some(tonic::Code::Ok as u32) {
-        let status = call.answer.status.map_or(tonic::Code::Unknown, |status| {
-            tonic::Code::from_i32(i32::try_from(status).unwrap_or(i32::MAX))
-        });
-        return Err(format!("{status:?}"));
-    }
-    let operation: Operation = call.answer.last_message().ok_or("no operation was sent")?;
-    let response = match operation.result {
-        Some(operation::Result::Response(any)) => any,
-        Some(operation::Result::Error(status)) => return Err(status.message),
-        None => return Err("the operation was not done".to_owned()),
-    };
-    let response: ExecuteResponse =
-        prost::Message::decode(response.value.as_ref()).map_err(|error| error.to_string())?;
-    let status = response.status.unwrap_or_default();
-    let code = tonic::Code::from_i32(status.code);
-    response
-        .result
-        .filter(|_| code == tonic::Code::Ok)
-        .ok_or_else(|| format!("{code:?}: {}", status.message))
 }

@@ -9,6 +9,7 @@ use super::flights::FlightKey;
 use super::observation::{Call, CallOrigin};
 use super::parent::{ExecutedParent, WeakKey};
 use super::priming::Group;
+use crate::cas::digest::required;
 use crate::reapi::ActionResult;
 
 /// Calls that are held at a time; further ones are taken for the client's own.
@@ -39,10 +40,14 @@ impl Answered {
         }
     }
 
-    fn has_result(&self) -> bool {
+    /// The result, if there is one.
+    fn result(&self) -> Option<ActionResult> {
         match self {
-            Answered::Lookup(call) => call.answer.status == Some(tonic::Code::Ok as u32),
-            Answered::Execution(_) => true,
+            Answered::Lookup(call) => {
+                let found = call.answer.status == Some(tonic::Code::Ok as u32);
+                found.then(|| call.answer.last_message()).flatten()
+            }
+            Answered::Execution(call) => call.executed().ok(),
         }
     }
 }
@@ -83,14 +88,19 @@ impl Nested {
         if self.open.is_empty() || self.open.contains_key(&call.key) {
             return Some((answered, None));
         }
-        if let Some(parent) = self.attributed.get(&call.key) {
-            let parent = parent.clone();
+        let parent = self.attributed.get(&call.key).cloned();
+        // What was missed will be executed, and is asked about then.
+        if let Some(result) = answered.result() {
+            let is_asked = parent.is_some() || self.ask(&call.origin, &call.key, false);
+            if !is_asked {
+                return Some((answered, None));
+            }
+            self.tell_written(&call.key, &result);
+        }
+        if let Some(parent) = parent {
             return Some((answered, parent));
         }
-        // What was missed will be executed, and is asked about then.
-        if answered.has_result() && !self.ask(&call.origin, &call.key, false)
-            || self.held.len() >= MAX_HELD
-        {
+        if self.held.len() >= MAX_HELD {
             return Some((answered, None));
         }
         let held = self.held.entry(call.key.clone()).or_default();
@@ -127,15 +137,14 @@ impl Nested {
         self.open.insert(key, parent);
     }
 
-    /// An action of `parent` has this result.
-    pub fn has_written(&self, parent: &FlightKey, result: &ActionResult) {
+    fn tell_written(&self, key: &FlightKey, result: &ActionResult) {
         let files = result.output_files.iter().filter_map(|file| {
-            let digest = crate::cas::digest::required(file.digest.as_ref()).ok()?;
+            let digest = required(file.digest.as_ref()).ok()?;
             Some((file.path.clone(), digest))
         });
-        // One that is not told knows less of what its actions read.
+        // Whoever is not told knows less of what further actions read.
         self.attributor.tell(Message::Wrote {
-            parent: parent.clone(),
+            key: key.clone(),
             files: files.collect(),
         });
     }

@@ -11,7 +11,8 @@ use tokio::sync::{OwnedSemaphorePermit, oneshot};
 use super::flights::FlightKey;
 use crate::backend::remote::decode_request_metadata;
 use crate::grpc::{FRAME_HEADER, Framed, joined, split_message};
-use crate::reapi::RequestMetadata;
+use crate::reapi::google::longrunning::{Operation, operation};
+use crate::reapi::{ActionResult, ExecuteResponse, RequestMetadata};
 use crate::workspace::peer::Peer;
 
 /// Where a call came from.
@@ -76,6 +77,35 @@ pub struct Call {
     pub answer: Answer,
 }
 
+impl Call {
+    /// The result at the end of an `Execute`.
+    ///
+    /// # Errors
+    /// What was said in its place.
+    pub fn executed(&self) -> Result<ActionResult, String> {
+        if self.answer.status != Some(tonic::Code::Ok as u32) {
+            let status = self.answer.status.map_or(tonic::Code::Unknown, |status| {
+                tonic::Code::from_i32(i32::try_from(status).unwrap_or(i32::MAX))
+            });
+            return Err(format!("{status:?}"));
+        }
+        let operation: Operation = self.answer.last_message().ok_or("no operation was sent")?;
+        let response = match operation.result {
+            Some(operation::Result::Response(any)) => any,
+            Some(operation::Result::Error(status)) => return Err(status.message),
+            None => return Err("the operation was not done".to_owned()),
+        };
+        let response: ExecuteResponse =
+            prost::Message::decode(response.value.as_ref()).map_err(|error| error.to_string())?;
+        let status = response.status.unwrap_or_default();
+        let code = tonic::Code::from_i32(status.code);
+        response
+            .result
+            .filter(|_| code == tonic::Code::Ok)
+            .ok_or_else(|| format!("{code:?}: {}", status.message))
+    }
+}
+
 /// The answer to a call: its gRPC status and its body as it was sent.
 #[derive(Debug, Default)]
 pub struct Answer {
@@ -123,7 +153,6 @@ impl Answer {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::reapi::ActionResult;
 
     #[test]
     fn the_last_message_is_decoded_however_the_body_was_split() {

@@ -7,7 +7,7 @@
     reason = "a test that cannot set the stage fails"
 )]
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::path::{Path, PathBuf};
 use std::pin::Pin;
 use std::sync::Arc;
@@ -71,6 +71,8 @@ pub struct Lookup {
 pub enum Outcome {
     /// Exit code 0, and this output.
     Output(Bytes),
+    /// Exit code 0, and these outputs, by path.
+    Files(Vec<(String, Bytes)>),
     /// Another exit code.
     Exit(i32),
     /// The stream ends with this gRPC status, after a stage.
@@ -92,6 +94,8 @@ pub struct World {
     behaviour: Mutex<Arc<Behaviour>>,
     /// While it is set, the executions that primed began do not end.
     hold: watch::Sender<bool>,
+    /// Executions of these actions do not end.
+    kept_open: watch::Sender<HashSet<Digest>>,
     /// While it is set, blobs that primed reads come back damaged.
     pub damage: Mutex<bool>,
     /// Calls that have another `authorization` are refused; all are welcome where it is empty.
@@ -116,6 +120,20 @@ impl World {
     /// Whether speculative executions are kept from ending.
     pub fn hold(&self, hold: bool) {
         self.hold.send_replace(hold);
+    }
+
+    /// Keeps executions of `action` from ending.
+    pub fn keep_open(&self, action: Digest) {
+        self.kept_open.send_modify(|open| {
+            open.insert(action);
+        });
+    }
+
+    /// Lets executions of `action` end.
+    pub fn let_end(&self, action: Digest) {
+        self.kept_open.send_modify(|open| {
+            open.remove(&action);
+        });
     }
 
     pub fn put(&self, instance: &str, blob: Bytes) -> Digest {
@@ -237,6 +255,7 @@ impl FakeBackend {
             state: Mutex::default(),
             behaviour: Mutex::new(Arc::new(compile)),
             hold: watch::Sender::new(false),
+            kept_open: watch::Sender::default(),
             damage: Mutex::new(false),
             authorization: Mutex::default(),
         });
@@ -577,9 +596,21 @@ impl Execution for Service {
             if speculative {
                 let _ = world.hold.subscribe().wait_for(|hold| !hold).await;
             }
+            let mut kept_open = world.kept_open.subscribe();
+            let _ = kept_open.wait_for(|open| !open.contains(&action)).await;
             let response = match behaviour(&world, &run) {
-                Outcome::Output(output) => Some(ExecuteResponse {
-                    result: Some(world.finish(&run, command.as_ref(), output)),
+                Outcome::Output(output) => {
+                    let path = command
+                        .as_ref()
+                        .and_then(|command| command.output_paths.first());
+                    let files = vec![(path.cloned().unwrap_or_default(), output)];
+                    Some(ExecuteResponse {
+                        result: Some(world.finish(&run, files)),
+                        ..ExecuteResponse::default()
+                    })
+                }
+                Outcome::Files(files) => Some(ExecuteResponse {
+                    result: Some(world.finish(&run, files)),
                     ..ExecuteResponse::default()
                 }),
                 Outcome::Exit(exit_code) => {
@@ -624,15 +655,15 @@ impl Execution for Service {
 }
 
 impl World {
-    fn finish(&self, run: &Run, command: Option<&Command>, output: Bytes) -> ActionResult {
-        let path = command.and_then(|command| command.output_paths.first());
+    fn finish(&self, run: &Run, files: Vec<(String, Bytes)>) -> ActionResult {
+        let output_files = files.into_iter().map(|(path, content)| OutputFile {
+            path,
+            digest: Some(self.put(&run.instance, content).to_proto()),
+            ..OutputFile::default()
+        });
         let seconds = |seconds| Some(prost_types::Timestamp { seconds, nanos: 0 });
         let result = ActionResult {
-            output_files: vec![OutputFile {
-                path: path.cloned().unwrap_or_default(),
-                digest: Some(self.put(&run.instance, output).to_proto()),
-                ..OutputFile::default()
-            }],
+            output_files: output_files.collect(),
             execution_metadata: Some(ExecutedActionMetadata {
                 execution_start_timestamp: seconds(100),
                 execution_completed_timestamp: seconds(101),

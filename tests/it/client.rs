@@ -113,6 +113,12 @@ impl Build {
         self
     }
 
+    /// Says of itself what `metadata` says, and nothing of its process.
+    pub fn saying(mut self, metadata: &RequestMetadata) -> Self {
+        self.metadata = MetadataValue::from_bytes(&metadata.encode_to_vec());
+        self
+    }
+
     fn request<T>(&self, message: T) -> Request<T> {
         let mut request = Request::new(message);
         let key = tonic::metadata::BinaryMetadataKey::from_static(REQUEST_METADATA_KEY);
@@ -282,7 +288,7 @@ impl Action {
     }
 }
 
-fn command_of(words: &str, output: &str, blobs: &mut HashMap<Digest, Bytes>) -> Digest {
+pub fn command_of(words: &str, output: &str, blobs: &mut HashMap<Digest, Bytes>) -> Digest {
     let command = reapi::Command {
         arguments: words.split(' ').map(str::to_owned).collect(),
         output_paths: vec![output.to_owned()],

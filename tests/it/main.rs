@@ -9,6 +9,7 @@ mod client;
 mod client_faults;
 mod clients;
 mod conformance;
+mod elements;
 mod examples;
 mod frames;
 mod grpcio;

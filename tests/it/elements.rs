@@ -1,0 +1,499 @@
+//! Builds in two layers: elements are actions that run actions themselves, as BuildStream's are.
+//! What is primed of them, when, and from what, proven with action chains on a backend that
+//! executes.
+
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    reason = "a test that cannot set the stage fails"
+)]
+
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use bytes::Bytes;
+use parking_lot::Mutex;
+use primed::cas::Digest;
+use primed::reapi::build::bazel::remote::execution::v2::*;
+use primed::reapi::google::longrunning::Operation;
+use prost::Message;
+use tempfile::TempDir;
+use tonic::Streaming;
+
+use crate::backend::{FakeBackend, Outcome, compile};
+use crate::client::{self, Action, Build, Way, connect, keep, last, tree};
+use crate::support::{PATIENCE, Primed, scratch};
+
+/// Files by path.
+type Files = Vec<(String, Bytes)>;
+
+/// What the next execution of each element is to put out.
+type Artifacts = Arc<Mutex<HashMap<Digest, Files>>>;
+
+struct Stage {
+    backend: FakeBackend,
+    primed: Primed,
+    artifacts: Artifacts,
+    scratch: TempDir,
+}
+
+/// An element that is being built.
+struct Element<'a> {
+    stage: &'a Stage,
+    action: Action,
+    operations: Streaming<Operation>,
+    _client: Build,
+    nested: Build,
+    ways: Vec<Way>,
+}
+
+impl Stage {
+    fn set() -> Self {
+        Stage::set_with(&[])
+    }
+
+    fn set_with(arguments: &[&str]) -> Self {
+        let scratch = scratch();
+        let backend = FakeBackend::start(scratch.path());
+        let artifacts = Artifacts::default();
+        let known = artifacts.clone();
+        backend
+            .world
+            .behave(move |world, run| match known.lock().get(&run.action) {
+                Some(files) => Outcome::Files(files.clone()),
+                None => compile(world, run),
+            });
+        let primed = Primed::start_with(scratch.path(), &backend.address(), arguments);
+        Stage {
+            backend,
+            primed,
+            artifacts,
+            scratch,
+        }
+    }
+
+    fn client(&self, tool: &str, invocation: &str) -> Build {
+        let build = Build::over(connect(&self.primed.socket()), self.scratch.path());
+        build.saying(&RequestMetadata {
+            tool_details: Some(ToolDetails {
+                tool_name: tool.to_owned(),
+                ..ToolDetails::default()
+            }),
+            tool_invocation_id: invocation.to_owned(),
+            ..RequestMetadata::default()
+        })
+    }
+
+    /// Asks for an element and has it executed, in a tree of its own `sources` and of what it
+    /// depends on, and waits until primed knows of it.
+    async fn begin(&self, name: &str, sources: &[(&str, &str)], staged: &[&Files]) -> Element<'_> {
+        self.begin_with("", name, sources, staged).await
+    }
+
+    async fn begin_with(
+        &self,
+        arguments: &str,
+        name: &str,
+        sources: &[(&str, &str)],
+        staged: &[&Files],
+    ) -> Element<'_> {
+        let client = self.client("BuildStream", "");
+        let action = element(arguments, name, sources, staged);
+        assert!(
+            client.lookup(action.digest).await.is_err(),
+            "{name} is cached"
+        );
+        client.upload(&action).await;
+        self.backend.world.keep_open(action.digest);
+        let operations = client.execute(action.digest, false).await.unwrap();
+        let label = format!("action in {}", directory_of(name));
+        self.until("the element is known", || {
+            let builds = &self.primed.status()["builds"];
+            let builds = builds.as_array().unwrap();
+            let mut open = builds
+                .iter()
+                .filter(|build| build["ended_unix_ms"].is_null());
+            open.any(|build| build["label"] == label.as_str())
+        })
+        .await;
+        Element {
+            stage: self,
+            action,
+            operations,
+            _client: client,
+            nested: self.client("recc", "buildbox:6"),
+            ways: Vec::new(),
+        }
+    }
+
+    /// The commands that primed has executed by itself, in order, when there are `count` of them
+    /// and all of them are over.
+    async fn primed_by_now(&self, count: usize) -> Vec<String> {
+        self.until("all is primed", || {
+            let runs = self.backend.world.speculative();
+            runs.len() >= count && runs.iter().all(|run| run.over)
+        })
+        .await;
+        self.speculative()
+    }
+
+    /// How many builds of elements have been recorded.
+    fn recorded(&self) -> usize {
+        let recorded = "recorded a build parent=\"action in";
+        self.primed.daemon.log().matches(recorded).count()
+    }
+
+    fn speculative(&self) -> Vec<String> {
+        let runs = self.backend.world.speculative().into_iter();
+        runs.map(|run| run.arguments.join(" ")).collect()
+    }
+
+    /// hit, joined and missed of the newest build of an element.
+    fn counts(&self, name: &str) -> (u64, u64, u64) {
+        let label = format!("action in {}", directory_of(name));
+        let status = self.primed.status();
+        let builds = status["builds"].as_array().unwrap();
+        let newest = builds.iter().find(|build| build["label"] == label.as_str());
+        let newest = newest.unwrap_or_else(|| panic!("no build of {name}: {status}"));
+        assert_eq!(newest["parent"], "action");
+        let count = |which: &str| newest[which].as_u64().unwrap();
+        (count("hit"), count("joined"), count("missed"))
+    }
+
+    async fn until(&self, what: &str, mut holds: impl FnMut() -> bool) {
+        let began = Instant::now();
+        while !holds() {
+            assert!(
+                began.elapsed() < PATIENCE / 4,
+                "{what}: never; primed executed {:?}\n{}",
+                self.speculative(),
+                self.primed.daemon.log()
+            );
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    }
+}
+
+impl Element<'_> {
+    /// Runs an action from inside, as recc does, and returns what it wrote.
+    async fn run(&mut self, command: &str, inputs: &[(&str, &Bytes)], output: &str) -> Bytes {
+        let inputs: Files = inputs
+            .iter()
+            .map(|(path, content)| ((*path).to_owned(), (*content).clone()))
+            .collect();
+        let mut blobs = HashMap::new();
+        let root = tree(&inputs, &mut blobs);
+        let command = client::command_of(command, output, &mut blobs);
+        let action = Action::of(command, root, output, false, blobs);
+        let (way, result) = self.nested.run(&action).await;
+        assert_eq!(result.exit_code, 0);
+        self.ways.push(way);
+        let digest = result.output_files[0].digest.as_ref().unwrap();
+        let digest = Digest::try_from(digest).unwrap();
+        self.stage.backend.world.blob("", digest).unwrap()
+    }
+
+    /// Ends the element with these files as its output, and waits until it is recorded. Returns
+    /// the output, and how the actions inside came by their results.
+    async fn end(self, files: &[(&str, &Bytes)]) -> (Files, Vec<Way>) {
+        let files: Files = files
+            .iter()
+            .map(|(path, content)| ((*path).to_owned(), (*content).clone()))
+            .collect();
+        let Element { stage, action, .. } = self;
+        stage.artifacts.lock().insert(action.digest, files.clone());
+        stage.backend.world.let_end(action.digest);
+        let recorded = stage.recorded();
+        assert_eq!(last(self.operations).await.result.unwrap().exit_code, 0);
+        stage
+            .until("the element is recorded", || stage.recorded() > recorded)
+            .await;
+        (files, self.ways)
+    }
+}
+
+fn directory_of(element: &str) -> String {
+    format!("buildstream/project/{element}")
+}
+
+fn element(arguments: &str, name: &str, sources: &[(&str, &str)], staged: &[&Files]) -> Action {
+    let sources = sources.iter().map(|(path, content)| {
+        let path = format!("{}/{path}", directory_of(name));
+        (path, Bytes::copy_from_slice(content.as_bytes()))
+    });
+    let staged = staged.iter().flat_map(|files| files.iter().cloned());
+    let files: Files = sources.chain(staged).collect();
+    let mut blobs = HashMap::new();
+    let root = tree(&files, &mut blobs);
+    let command = Command {
+        arguments: format!("build {name} {arguments}")
+            .split(' ')
+            .map(str::to_owned)
+            .collect(),
+        working_directory: directory_of(name),
+        output_paths: vec!["install".to_owned()],
+        ..Command::default()
+    };
+    let command = keep(&mut blobs, command.encode_to_vec().into());
+    let action = primed::reapi::Action {
+        command_digest: Some(command.to_proto()),
+        input_root_digest: Some(root.to_proto()),
+        platform: Some(Platform {
+            properties: vec![platform::Property {
+                name: "remoteApisSocketPath".to_owned(),
+                value: "tmp/casd.sock".to_owned(),
+            }],
+        }),
+        ..primed::reapi::Action::default()
+    };
+    Action {
+        digest: keep(&mut blobs, action.encode_to_vec().into()),
+        blobs,
+        output: "install".to_owned(),
+    }
+}
+
+fn text(content: &str) -> Bytes {
+    Bytes::copy_from_slice(content.as_bytes())
+}
+
+/// Compiles and links `app`, whose `main.c` includes `dep.h`.
+async fn build_app(app: &mut Element<'_>, header: &Bytes) -> Bytes {
+    let main = text("main");
+    let object = app
+        .run(
+            "compile main",
+            &[("main.c", &main), ("usr/include/dep.h", header)],
+            "main.o",
+        )
+        .await;
+    app.run("link", &[("main.o", &object)], "app").await
+}
+
+#[tokio::test]
+async fn a_changed_dependency_primes_what_is_built_from_it_before_that_is_asked_for() {
+    let stage = Stage::set();
+    for round in ["one", "two"] {
+        let header = text(round);
+        let dep = stage.begin("dep", &[("dep.h", round)], &[]).await;
+        if round == "two" {
+            assert_eq!(stage.primed_by_now(2).await, ["compile main", "link"]);
+        }
+        let (dep, _) = dep.end(&[("usr/include/dep.h", &header)]).await;
+        let mut app = stage.begin("app", &[("main.c", "main")], &[&dep]).await;
+        let program = build_app(&mut app, &header).await;
+        let (_, ways) = app.end(&[("usr/bin/app", &program)]).await;
+        match round {
+            "one" => {
+                assert_eq!(ways, [Way::Executed; 2]);
+                assert_eq!(stage.counts("app"), (0, 0, 2));
+            }
+            _ => {
+                assert_eq!(ways, [Way::Found; 2]);
+                assert_eq!(stage.counts("app"), (2, 0, 0));
+                assert_eq!(stage.speculative().len(), 2, "and nothing else");
+            }
+        }
+    }
+}
+
+#[tokio::test]
+async fn what_an_action_of_another_element_writes_is_followed() {
+    let stage = Stage::set();
+    for round in ["one", "two"] {
+        let mut lib = stage.begin("lib", &[("lib.c", round)], &[]).await;
+        if round == "two" {
+            assert_eq!(stage.primed_by_now(2).await, ["compile lib", "link app"]);
+        }
+        let object = lib
+            .run("compile lib", &[("lib.c", &text(round))], "lib.o")
+            .await;
+        let (lib, _) = lib.end(&[("usr/lib/lib.o", &object)]).await;
+        let mut app = stage.begin("app", &[("README", "app")], &[&lib]).await;
+        let program = app
+            .run("link app", &[("usr/lib/lib.o", &object)], "app")
+            .await;
+        app.end(&[("usr/bin/app", &program)]).await;
+    }
+    assert_eq!(stage.counts("lib"), (1, 0, 0));
+    assert_eq!(stage.counts("app"), (1, 0, 0));
+    assert_eq!(stage.speculative().len(), 2);
+}
+
+#[tokio::test]
+async fn a_chain_within_an_element_is_primed_when_its_tree_is_known() {
+    let stage = Stage::set();
+    for round in ["one", "two"] {
+        let sources = [("a.c", round), ("b.c", "same"), ("c.c", round)];
+        let mut lib = stage.begin("lib", &sources, &[]).await;
+        if round == "two" {
+            let mut primed = stage.primed_by_now(3).await;
+            assert_eq!(primed.pop().as_deref(), Some("archive"), "last of all");
+            primed.sort_unstable();
+            assert_eq!(
+                primed,
+                ["compile a", "compile c"],
+                "several sources changed, one did not"
+            );
+        }
+        let mut objects = Vec::new();
+        for (path, content) in sources {
+            let unit = &path[..1];
+            let command = format!("compile {unit}");
+            let output = format!("{unit}.o");
+            let object = lib.run(&command, &[(path, &text(content))], &output).await;
+            objects.push((output, object));
+        }
+        let objects: Vec<(&str, &Bytes)> = objects
+            .iter()
+            .map(|(path, object)| (path.as_str(), object))
+            .collect();
+        let archive = lib.run("archive", &objects, "lib.a").await;
+        lib.end(&[("usr/lib/lib.a", &archive)]).await;
+    }
+    assert_eq!(stage.counts("lib"), (3, 0, 0), "one was cached");
+    assert_eq!(stage.speculative().len(), 3);
+}
+
+#[tokio::test]
+async fn a_changed_element_in_the_middle_primes_itself_and_what_comes_after_it() {
+    let stage = Stage::set();
+    let mut base = stage.begin("base", &[("base.c", "base")], &[]).await;
+    let object = base
+        .run("compile base", &[("base.c", &text("base"))], "base.o")
+        .await;
+    let (base, _) = base.end(&[("usr/lib/base.o", &object)]).await;
+    let base_object = object;
+    for round in ["one", "two"] {
+        let mut middle = stage
+            .begin("middle", &[("middle.c", round)], &[&base])
+            .await;
+        if round == "two" {
+            let primed = stage.primed_by_now(3).await;
+            assert_eq!(primed, ["compile middle", "combine", "link top"]);
+        }
+        let object = middle
+            .run("compile middle", &[("middle.c", &text(round))], "middle.o")
+            .await;
+        let inputs = [("middle.o", &object), ("usr/lib/base.o", &base_object)];
+        let combined = middle.run("combine", &inputs, "all.o").await;
+        let (middle, _) = middle.end(&[("usr/lib/all.o", &combined)]).await;
+        let mut top = stage
+            .begin("top", &[("README", "top")], &[&base, &middle])
+            .await;
+        let program = top
+            .run("link top", &[("usr/lib/all.o", &combined)], "top")
+            .await;
+        top.end(&[("usr/bin/top", &program)]).await;
+    }
+    assert_eq!(stage.counts("middle"), (2, 0, 0));
+    assert_eq!(stage.counts("top"), (1, 0, 0));
+    assert_eq!(stage.counts("base"), (0, 0, 1), "it was not built again");
+}
+
+#[tokio::test]
+async fn an_adapted_dependency_is_enough_where_own_sources_stay() {
+    let stage = Stage::set();
+    for round in ["one", "two"] {
+        let mut dep = stage.begin("dep", &[("spec", round)], &[]).await;
+        if round == "two" {
+            assert_eq!(
+                stage.primed_by_now(3).await,
+                ["generate", "compile main", "link"]
+            );
+        }
+        let header = dep
+            .run("generate", &[("spec", &text(round))], "dep.h")
+            .await;
+        let (dep, _) = dep.end(&[("usr/include/dep.h", &header)]).await;
+        let mut app = stage.begin("app", &[("main.c", "main")], &[&dep]).await;
+        let program = build_app(&mut app, &header).await;
+        app.end(&[("usr/bin/app", &program)]).await;
+    }
+    assert_eq!(stage.counts("dep"), (1, 0, 0));
+    assert_eq!(stage.counts("app"), (2, 0, 0));
+}
+
+#[tokio::test]
+async fn an_element_whose_command_changed_does_not_break_the_chain() {
+    let stage = Stage::set();
+    for (round, arguments) in [("one", "--old"), ("two", "--new")] {
+        let spec = [("spec", round)];
+        let mut dep = stage.begin_with(arguments, "dep", &spec, &[]).await;
+        if round == "two" {
+            assert_eq!(
+                stage.primed_by_now(3).await,
+                ["generate", "compile main", "link"]
+            );
+        }
+        let header = dep
+            .run("generate", &[("spec", &text(round))], "dep.h")
+            .await;
+        let (dep, _) = dep.end(&[("usr/include/dep.h", &header)]).await;
+        let mut app = stage.begin("app", &[("main.c", "main")], &[&dep]).await;
+        let program = build_app(&mut app, &header).await;
+        app.end(&[("usr/bin/app", &program)]).await;
+    }
+    assert_eq!(stage.counts("app"), (2, 0, 0));
+}
+
+#[tokio::test]
+async fn elements_that_are_built_at_once_are_told_apart_by_what_their_actions_read() {
+    let stage = Stage::set();
+    let shared = vec![("usr/include/dep.h".to_owned(), text("dep"))];
+    for round in ["one", "two"] {
+        let mut left = stage.begin("left", &[("left.c", round)], &[&shared]).await;
+        let mut right = stage
+            .begin("right", &[("right.c", round)], &[&shared])
+            .await;
+        if round == "two" {
+            let mut primed = stage.primed_by_now(4).await;
+            primed.sort_unstable();
+            assert_eq!(
+                primed,
+                ["compile left", "compile right", "link left", "link right"]
+            );
+        }
+        let mut programs = Vec::new();
+        for (element, name) in [(&mut left, "left"), (&mut right, "right")] {
+            let (source, output) = (format!("{name}.c"), format!("{name}.o"));
+            let content = text(round);
+            let inputs = [
+                (source.as_str(), &content),
+                ("usr/include/dep.h", &shared[0].1),
+            ];
+            let object = element
+                .run(&format!("compile {name}"), &inputs, &output)
+                .await;
+            let inputs = [(output.as_str(), &object)];
+            programs.push(element.run(&format!("link {name}"), &inputs, name).await);
+        }
+        let (_, ways) = left.end(&[("usr/bin/left", &programs[0])]).await;
+        right.end(&[("usr/bin/right", &programs[1])]).await;
+        let way = if round == "one" {
+            Way::Executed
+        } else {
+            Way::Found
+        };
+        assert_eq!(ways, [way; 2]);
+    }
+    assert_eq!(stage.counts("left"), (2, 0, 0));
+    assert_eq!(stage.counts("right"), (2, 0, 0));
+}
+
+#[tokio::test]
+async fn a_call_that_fits_no_element_is_nobodys() {
+    let stage = Stage::set();
+    let mut lib = stage.begin("lib", &[("lib.c", "lib")], &[]).await;
+    lib.run("compile lib", &[("lib.c", &text("lib"))], "lib.o")
+        .await;
+    let mut stranger = stage.begin("other", &[("other.c", "other")], &[]).await;
+    stranger
+        .run("compile x", &[("x.c", &text("of nobody"))], "x.o")
+        .await;
+    stranger.end(&[]).await;
+    lib.end(&[]).await;
+    assert_eq!(stage.counts("lib"), (0, 0, 1));
+    assert_eq!(stage.counts("other"), (0, 0, 0));
+}
