@@ -45,7 +45,17 @@ struct Element<'a> {
     operations: Streaming<Operation>,
     _client: Build,
     nested: Build,
+    /// Text in the platform and the environment of what runs inside.
+    root: Option<String>,
     ways: Vec<Way>,
+}
+
+/// How an element is built, beside its name and its inputs.
+#[derive(Clone, Copy, Default)]
+struct Settings<'a> {
+    arguments: &'a str,
+    /// Given to what runs inside.
+    root: Option<&'a str>,
 }
 
 impl Stage {
@@ -88,18 +98,19 @@ impl Stage {
     /// Asks for an element and has it executed, in a tree of its own `sources` and of what it
     /// depends on, and waits until primed knows of it.
     async fn begin(&self, name: &str, sources: &[(&str, &str)], staged: &[&Files]) -> Element<'_> {
-        self.begin_with("", name, sources, staged).await
+        self.begin_with(Settings::default(), name, sources, staged)
+            .await
     }
 
     async fn begin_with(
         &self,
-        arguments: &str,
+        settings: Settings<'_>,
         name: &str,
         sources: &[(&str, &str)],
         staged: &[&Files],
     ) -> Element<'_> {
         let client = self.client("BuildStream", "");
-        let action = element(arguments, name, sources, staged);
+        let action = element(settings, name, sources, staged);
         assert!(
             client.lookup(action.digest).await.is_err(),
             "{name} is cached"
@@ -123,6 +134,7 @@ impl Stage {
             operations,
             _client: client,
             nested: self.client("recc", "buildbox:6"),
+            root: settings.root.map(str::to_owned),
             ways: Vec::new(),
         }
     }
@@ -184,14 +196,44 @@ impl Element<'_> {
             .collect();
         let mut blobs = HashMap::new();
         let root = tree(&inputs, &mut blobs);
-        let command = client::command_of(command, output, &mut blobs);
-        let action = Action::of(command, root, output, false, blobs);
+        let action = self.action(command, root, output, blobs);
         let (way, result) = self.nested.run(&action).await;
         assert_eq!(result.exit_code, 0);
         self.ways.push(way);
         let digest = result.output_files[0].digest.as_ref().unwrap();
         let digest = Digest::try_from(digest).unwrap();
         self.stage.backend.world.blob("", digest).unwrap()
+    }
+
+    fn action(
+        &self,
+        command: &str,
+        root: Digest,
+        output: &str,
+        mut blobs: HashMap<Digest, Bytes>,
+    ) -> Action {
+        let Some(text) = &self.root else {
+            let command = client::command_of(command, output, &mut blobs);
+            return Action::of(command, root, output, false, blobs);
+        };
+        let platform = Some(Platform {
+            properties: vec![platform::Property {
+                name: "chrootRootDigest".to_owned(),
+                value: text.clone(),
+            }],
+        });
+        let command = rooted_command(command, output, text, platform.clone());
+        let action = primed::reapi::Action {
+            command_digest: Some(keep(&mut blobs, command.encode_to_vec().into()).to_proto()),
+            input_root_digest: Some(root.to_proto()),
+            platform,
+            ..primed::reapi::Action::default()
+        };
+        Action {
+            digest: keep(&mut blobs, action.encode_to_vec().into()),
+            blobs,
+            output: output.to_owned(),
+        }
     }
 
     /// Ends the element with these files as its output, and waits until it is recorded. Returns
@@ -217,7 +259,27 @@ fn directory_of(element: &str) -> String {
     format!("buildstream/project/{element}")
 }
 
-fn element(arguments: &str, name: &str, sources: &[(&str, &str)], staged: &[&Files]) -> Action {
+/// A command with `root` in its environment.
+#[allow(deprecated, reason = "recc puts the platform there, too")]
+fn rooted_command(words: &str, output: &str, root: &str, platform: Option<Platform>) -> Command {
+    Command {
+        arguments: words.split(' ').map(str::to_owned).collect(),
+        environment_variables: vec![command::EnvironmentVariable {
+            name: "RECC_REMOTE_PLATFORM_chrootRootDigest".to_owned(),
+            value: root.to_owned(),
+        }],
+        output_paths: vec![output.to_owned()],
+        platform,
+        ..Command::default()
+    }
+}
+
+fn element(
+    settings: Settings<'_>,
+    name: &str,
+    sources: &[(&str, &str)],
+    staged: &[&Files],
+) -> Action {
     let sources = sources.iter().map(|(path, content)| {
         let path = format!("{}/{path}", directory_of(name));
         (path, Bytes::copy_from_slice(content.as_bytes()))
@@ -226,14 +288,11 @@ fn element(arguments: &str, name: &str, sources: &[(&str, &str)], staged: &[&Fil
     let files: Files = sources.chain(staged).collect();
     let mut blobs = HashMap::new();
     let root = tree(&files, &mut blobs);
+    let words = format!("build {name} {}", settings.arguments);
+    let root_text = settings.root.unwrap_or_default();
     let command = Command {
-        arguments: format!("build {name} {arguments}")
-            .split(' ')
-            .map(str::to_owned)
-            .collect(),
         working_directory: directory_of(name),
-        output_paths: vec!["install".to_owned()],
-        ..Command::default()
+        ..rooted_command(&words, "install", root_text, None)
     };
     let command = keep(&mut blobs, command.encode_to_vec().into());
     let action = primed::reapi::Action {
@@ -420,7 +479,11 @@ async fn an_element_whose_command_changed_does_not_break_the_chain() {
     let stage = Stage::set();
     for (round, arguments) in [("one", "--old"), ("two", "--new")] {
         let spec = [("spec", round)];
-        let mut dep = stage.begin_with(arguments, "dep", &spec, &[]).await;
+        let settings = Settings {
+            arguments,
+            ..Settings::default()
+        };
+        let mut dep = stage.begin_with(settings, "dep", &spec, &[]).await;
         if round == "two" {
             assert_eq!(
                 stage.primed_by_now(3).await,
@@ -496,4 +559,58 @@ async fn a_call_that_fits_no_element_is_nobodys() {
     lib.end(&[]).await;
     assert_eq!(stage.counts("lib"), (0, 0, 1));
     assert_eq!(stage.counts("other"), (0, 0, 0));
+}
+
+#[tokio::test]
+async fn digests_in_platform_and_environment_are_adapted_once_the_element_tells_them() {
+    let stage = Stage::set();
+    for (round, header) in [("one", "a"), ("two", "b"), ("three", "b")] {
+        let content = text(header);
+        let root = Digest::of(round.as_bytes()).to_string();
+        if round != "three" {
+            let dep = stage.begin("dep", &[("dep.h", header)], &[]).await;
+            dep.end(&[("usr/include/dep.h", &content)]).await;
+            assert!(stage.speculative().is_empty(), "the root is not known yet");
+        }
+        let dep = vec![("usr/include/dep.h".to_owned(), content.clone())];
+        let settings = Settings {
+            root: Some(&root),
+            ..Settings::default()
+        };
+        let sources = [("main.c", "main")];
+        let mut app = stage.begin_with(settings, "app", &sources, &[&dep]).await;
+        let primed = match round {
+            "one" => 0,
+            "two" => 2,
+            _ => 4, // the header is as before, the root is not
+        };
+        stage.primed_by_now(primed).await;
+        let program = build_app(&mut app, &content).await;
+        app.end(&[("usr/bin/app", &program)]).await;
+        assert_eq!(stage.speculative().len(), primed);
+        match round {
+            "one" => assert_eq!(stage.counts("app"), (0, 0, 2)),
+            _ => assert_eq!(stage.counts("app"), (2, 0, 0), "{round}"),
+        }
+    }
+}
+
+#[tokio::test]
+async fn without_action_results_only_what_reads_sources_and_artifacts_is_primed() {
+    let stage = Stage::set_with(&["--mode", "source-artifact"]);
+    for round in ["one", "two"] {
+        let dep = stage.begin("dep", &[("dep.in", round)], &[]).await;
+        // It is made from the source by nothing that primed could see.
+        let header = text(&format!("made from {round}"));
+        let (dep, _) = dep.end(&[("usr/include/dep.h", &header)]).await;
+        if round == "two" {
+            assert_eq!(stage.primed_by_now(1).await, ["compile main"]);
+        }
+        let mut app = stage.begin("app", &[("main.c", "main")], &[&dep]).await;
+        let program = build_app(&mut app, &header).await;
+        app.end(&[("usr/bin/app", &program)]).await;
+    }
+    // The link reads what an action writes.
+    assert_eq!(stage.counts("app"), (1, 0, 1));
+    assert_eq!(stage.speculative().len(), 1);
 }
