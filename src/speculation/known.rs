@@ -22,6 +22,15 @@ pub struct Known {
     pub parents: HashMap<WeakKey, CurrentParent>,
 }
 
+impl<const COUNT: usize> From<[(WeakKey, CurrentParent); COUNT]> for Known {
+    fn from(parents: [(WeakKey, CurrentParent); COUNT]) -> Self {
+        Known {
+            parents: parents.into(),
+            ..Known::default()
+        }
+    }
+}
+
 /// An action parent as it has been asked for.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct CurrentParent {

@@ -213,7 +213,8 @@ pub struct BaseAction {
     pub encoded: Bytes,
     /// Its input tree.
     pub input_root: Digest,
-    /// Absolute directory that the root of the input tree stands for, where known.
+    /// The directory that the root of the input tree stands for, where known: an absolute one, or
+    /// one in the tree of the action parent.
     pub mount: Option<PathBuf>,
     /// The root of the client's file system as primed sees it.
     pub file_system_root: PathBuf,

@@ -16,12 +16,11 @@ use std::time::Instant;
 
 use tokio::sync::{mpsc, oneshot};
 use tokio_util::task::AbortOnDropHandle;
-use tonic::Status;
 
 use super::activity::{Activities, Activity};
 use super::flights::{FlightKey, Landing, Outcome, ending};
 use super::known::{CurrentParent, Known};
-use super::parent::{ActionParent, Parent, ParentKind, WeakKey, action_parts};
+use super::parent::{ActionParent, Parent, ParentKind, WeakKey};
 use super::prepare::{self, Job, Queue};
 use super::record::output_files;
 use super::schedule::{Outputs, Plan, PlannedParent, Ready, Results, Share, Subject};
@@ -410,7 +409,7 @@ impl Worker {
         if parents.is_empty() || self.plan.as_ref().is_some_and(same) {
             return;
         }
-        let subject = match self.subject(parents).await {
+        let subject = match Subject::load(&self.workshop, parents, self.known.clone()).await {
             Ok(subject) => subject,
             Err(status) => {
                 tracing::warn!(%status, "input trees cannot be read; nothing is primed");
@@ -436,47 +435,6 @@ impl Worker {
         }
         self.report_unadaptable();
         self.launch(ready);
-    }
-
-    /// What a plan for `parents` needs to know.
-    async fn subject(&self, parents: Vec<PlannedParent>) -> Result<Subject, Status> {
-        let Workshop {
-            cas, directories, ..
-        } = &self.workshop;
-        let mut roots: HashMap<Arc<str>, Vec<Digest>> = HashMap::new();
-        let mut commands: HashMap<Arc<str>, Vec<Digest>> = HashMap::new();
-        for PlannedParent { parent, .. } in &parents {
-            let identity = &parent.identity;
-            let bases = parent.actions.values();
-            let of_bases = roots.entry(identity.instance.clone()).or_default();
-            of_bases.extend(bases.clone().map(|base| base.input_root));
-            let with_texts = bases.filter(|base| !base.texts.is_empty());
-            let with_texts = with_texts.filter_map(|base| action_parts(&base.encoded).ok());
-            let of_bases = commands.entry(identity.instance.clone()).or_default();
-            of_bases.extend(with_texts.map(|parts| parts.command));
-            if let ParentKind::Action(action) = &identity.kind
-                && let Some(current) = self.known.parents.get(&identity.weak_key())
-            {
-                let of_parents = roots.entry(action.instance.clone()).or_default();
-                of_parents.push(current.input_root);
-            }
-        }
-        let mut subject = Subject {
-            parents,
-            known: self.known.clone(),
-            ..Subject::default()
-        };
-        for (instance, roots) in roots {
-            subject
-                .trees
-                .extend(directories.load(cas, &instance, roots).await?);
-        }
-        for (instance, digests) in commands {
-            subject
-                .commands
-                .extend(cas.fetch(&instance, digests).await?);
-        }
-        Ok(subject)
     }
 
     /// Announces what is ready, at once and all together, and has it prepared.

@@ -10,7 +10,8 @@ use bytes::Bytes;
 use prost::Message;
 use tonic::Status;
 
-use super::parent::{BaseAction, Parent, SubactionKey, Unrecordable, action_parts};
+use super::mounts::Mounts;
+use super::parent::{BaseAction, Parent, ParentKind, SubactionKey, Unrecordable, action_parts};
 use super::schedule::Outputs;
 use super::texts::{runs_actions, texts_of};
 use super::workshop::Workshop;
@@ -62,7 +63,7 @@ pub async fn record(
         .filter_map(|blob| Some(action_parts(blob).ok()?.command));
     let commands = cas.fetch(&instance, commands).await?;
     let mut unrecorded = 0;
-    let mut recorded = Vec::with_capacity(subactions.len());
+    let mut bases = Vec::with_capacity(subactions.len());
     for subaction in subactions {
         let base = match known.get(&subaction.action) {
             // Seen again, unchanged; where it is worked on may be known better than before.
@@ -83,16 +84,33 @@ pub async fn record(
             &instance,
             &base.working_directory,
             &subaction.result,
-        )
-        .await?;
-        recorded.push(BaseAction {
-            outputs,
+        );
+        bases.push(BaseAction {
+            outputs: outputs.await?,
             duration: execution_time(&subaction.result).unwrap_or(base.duration),
             last_seen_unix_ms: now_unix_ms,
             ..base
         });
     }
-    supersede(parent, recorded);
+    if let (Some(executed), ParentKind::Action(action)) = (&parent.executed, &parent.identity.kind)
+    {
+        let directories = &workshop.directories;
+        let roots = bases.iter().map(|base| base.input_root);
+        let mut trees = directories.load(cas, &instance, roots.clone()).await?;
+        let own = directories.load(cas, &action.instance, [executed.input_root]);
+        trees.extend(own.await?);
+        let mut mounts = Mounts::new(executed.input_root, roots, &trees);
+        // Once more for those that read only what others of them have written.
+        for _ in 0..2 {
+            for base in &mut bases {
+                base.mount = mounts.of(base);
+                if let Some(mount) = &base.mount {
+                    mounts.add_outputs(mount, base);
+                }
+            }
+        }
+    }
+    supersede(parent, bases);
     parent.last_seen_unix_ms = now_unix_ms;
     Ok(unrecorded)
 }

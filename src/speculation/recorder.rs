@@ -1,13 +1,14 @@
 //! The background task that turns ended builds into records: record, then generate, then store.
 //! One build after the other, so that two builds of a parent never overwrite each other.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 
 use tokio::sync::{mpsc, oneshot};
 
 use super::activity::Activity;
 use super::callers::Caller;
+use super::carry_over::carry_over;
 use super::flights::FlightKey;
 use super::generate::{ReadFiles, Sources, generate};
 use super::parent::{ExecutedParent, Parent, ParentIdentity, ParentKind, WeakKey};
@@ -120,22 +121,29 @@ impl Recording<'_> {
         let mut parent = known.unwrap_or_else(|| Parent::new(identity.clone()));
         parent.identity = identity;
         let now = crate::clock::now_unix_ms();
-        let unrecorded = record(workshop, &mut parent, subactions, now)
+        let unreadable = |status| format!("its actions cannot be read: {status}");
+        let mut subactions = subactions.to_vec();
+        if let Some((executed, _)) = executed {
+            let earlier = Arc::new(parent.clone());
+            let carried = carry_over(workshop, earlier, executed, &subactions);
+            let carried = carried.await.map_err(unreadable)?;
+            subactions.extend(carried.adapted);
+            // It runs all of its actions each time: others are not its any more.
+            let unchanged = carried.unchanged.iter().map(|base| base.digest);
+            let asked = subactions.iter().map(|subaction| subaction.action);
+            let kept: HashSet<Digest> = unchanged.chain(asked).collect();
+            parent.actions.retain(|_, base| kept.contains(&base.digest));
+            parent.executed = Some(executed.clone());
+        }
+        let unrecorded = record(workshop, &mut parent, &subactions, now)
             .await
-            .map_err(|status| format!("its actions cannot be read: {status}"))?;
+            .map_err(unreadable)?;
         if unrecorded > 0 {
             tracing::info!(
                 parent = parent.identity.label(),
                 unrecorded,
                 "some actions were not recorded: they are not in the CAS, or must not be repeated"
             );
-        }
-        if let Some((executed, _)) = executed {
-            // It runs all of its actions each time.
-            parent
-                .actions
-                .retain(|_, base| base.last_seen_unix_ms == now);
-            parent.executed = Some(executed.clone());
         }
         let instance = parent.identity.instance.clone();
         let roots: Vec<_> = parent

@@ -1,18 +1,20 @@
 //! The graph of recorded actions: nodes are base actions, edges ACTION overlays. It says what can
 //! be instantiated now, takes in what has completed, and orders what is ready by the longest
-//! recorded time still below it. Pure: it calls nobody and knows no clock.
+//! recorded time still below it. A plan is pure: it calls nobody and knows no clock.
 
 use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
+use tonic::Status;
 
 use super::flights::{FlightKey, Urgency};
 use super::instantiate::{Adapted, Instantiation, Instantiator, Task, Texts, Unadaptable};
 use super::known::{Known, find_output};
-use super::parent::{BaseAction, Parent, WeakKey, action_parts};
+use super::parent::{BaseAction, Parent, ParentKind, WeakKey, action_parts};
 use super::resolve::{Node, Resolver};
+use super::workshop::Workshop;
 use crate::cas::Digest;
 use crate::cas::directories::Trees;
 
@@ -33,6 +35,56 @@ pub struct Subject {
     pub commands: HashMap<Digest, Bytes>,
     /// What they are adapted to.
     pub known: Known,
+}
+
+impl Subject {
+    /// What a plan for `parents` needs to know.
+    ///
+    /// # Errors
+    /// The backend's status, when it cannot be asked.
+    pub async fn load(
+        workshop: &Workshop,
+        parents: Vec<PlannedParent>,
+        known: Known,
+    ) -> Result<Self, Status> {
+        let Workshop {
+            cas, directories, ..
+        } = workshop;
+        let mut roots: HashMap<Arc<str>, Vec<Digest>> = HashMap::new();
+        let mut commands: HashMap<Arc<str>, Vec<Digest>> = HashMap::new();
+        for PlannedParent { parent, .. } in &parents {
+            let identity = &parent.identity;
+            let bases = parent.actions.values();
+            let of_bases = roots.entry(identity.instance.clone()).or_default();
+            of_bases.extend(bases.clone().map(|base| base.input_root));
+            let with_texts = bases.filter(|base| !base.texts.is_empty());
+            let with_texts = with_texts.filter_map(|base| action_parts(&base.encoded).ok());
+            let of_bases = commands.entry(identity.instance.clone()).or_default();
+            of_bases.extend(with_texts.map(|parts| parts.command));
+            if let ParentKind::Action(action) = &identity.kind
+                && let Some(current) = known.parents.get(&identity.weak_key())
+            {
+                let of_parents = roots.entry(action.instance.clone()).or_default();
+                of_parents.push(current.input_root);
+            }
+        }
+        let mut subject = Subject {
+            parents,
+            known,
+            ..Subject::default()
+        };
+        for (instance, roots) in roots {
+            subject
+                .trees
+                .extend(directories.load(cas, &instance, roots).await?);
+        }
+        for (instance, digests) in commands {
+            subject
+                .commands
+                .extend(cas.fetch(&instance, digests).await?);
+        }
+        Ok(subject)
+    }
 }
 
 /// A parent in a plan.
@@ -65,6 +117,7 @@ pub struct Plan {
     critical_paths: Vec<Duration>,
     instantiator: Instantiator,
     flying: HashMap<FlightKey, Vec<Node>>,
+    unchanged: Vec<Node>,
     unadaptable: Vec<(Digest, Unadaptable)>,
 }
 
@@ -140,6 +193,7 @@ impl Plan {
             subject,
             instantiator: Instantiator::default(),
             flying: HashMap::new(),
+            unchanged: Vec::new(),
             unadaptable: Vec::new(),
         }
     }
@@ -199,6 +253,11 @@ impl Plan {
         Some((&action.base, self.keys[action.parent]))
     }
 
+    /// The base actions of which it is known that they are what they were.
+    pub fn unchanged(&self) -> impl Iterator<Item = &Arc<BaseAction>> {
+        self.unchanged.iter().map(|node| &self.actions[*node].base)
+    }
+
     /// The base actions that could not be adapted since the last call, with the reasons.
     pub fn take_unadaptable(&mut self) -> Vec<(Digest, Unadaptable)> {
         std::mem::take(&mut self.unadaptable)
@@ -212,6 +271,7 @@ impl Plan {
         while let Some(node) = released.pop() {
             match self.instantiate(node) {
                 Ok(Instantiation::Unchanged) => {
+                    self.unchanged.push(node);
                     let outputs = self.actions[node].base.outputs.clone();
                     self.finish(node, outputs, &mut released);
                 }

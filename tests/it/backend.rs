@@ -150,6 +150,11 @@ impl World {
         self.state.lock().blobs.get(&name).cloned()
     }
 
+    pub fn result(&self, instance: &str, action: Digest) -> Option<ActionResult> {
+        let name = (instance.to_owned(), action);
+        self.state.lock().results.get(&name).cloned()
+    }
+
     pub fn runs(&self) -> Vec<Run> {
         self.state.lock().runs.clone()
     }
