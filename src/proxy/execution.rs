@@ -7,6 +7,7 @@ use std::sync::Arc;
 use tokio::sync::watch;
 use tonic::Code;
 
+use super::parent_answer::ParentCall;
 use super::tap::{Method, Tap};
 use super::{Asked, Call, Proxy, Reply, about, asked};
 use crate::grpc;
@@ -39,10 +40,20 @@ pub async fn call(proxy: Arc<Proxy>, engine: Engine, call: Call, mut reply: Repl
 }
 
 /// Forwards the client's own call, observed.
-async fn own_call(proxy: Arc<Proxy>, engine: Engine, call: Call, observed: Observed, reply: Reply) {
+async fn own_call(
+    proxy: Arc<Proxy>,
+    engine: Engine,
+    call: Call,
+    observed: Observed,
+    mut reply: Reply,
+) {
     let guard = engine.flights().client_executes(observed.key.clone());
+    let parent = ParentCall::new(&engine, &observed.key, Method::Execution);
     let tap = Tap::new(engine, Method::Execution, observed).holding(guard);
-    proxy.forward(call, reply, Some(tap)).await;
+    if let Some(answer) = reply.unless_gone(proxy.send(call)).await {
+        let answer = answer.map(|answer| parent.answer(answer));
+        reply.finish(answer, Some(tap)).await;
+    }
 }
 
 /// Tells the client what becomes of the flight that it joins. Nothing is sent before the flight has
@@ -63,7 +74,14 @@ async fn joined(
             Stage::Ended(_) => break,
             Stage::Queued | Stage::Running(None) => (None, false),
         };
-        if let Some(operation) = operation {
+        if let Some(mut operation) = operation {
+            if ended {
+                let parent = ParentCall::new(&engine, &observed.key, Method::Execution);
+                match reply.unless_gone(Box::pin(parent.message(operation))).await {
+                    Some(completed) => operation = completed,
+                    None => return,
+                }
+            }
             let framed = grpc::framed(&operation);
             let joined = call.began.elapsed();
             observed.joined.get_or_insert(joined);

@@ -17,11 +17,12 @@ use super::builds::{Asked, Build};
 use super::callers::{BuildKey, Caller, Callers};
 use super::flights::Flights;
 use super::observation::{Call, CallOrigin, Observation};
-use super::parent::WeakKey;
+use super::parent::{ParentKind, WeakKey};
 use super::priming::{Group, Message, Priming};
 use super::record::{Subaction, execution_time};
 use super::recorder::{self, Ended, Recorded};
 use super::store::{KnownParent, RecordCounts, Store};
+use super::subactions::Subactions;
 use super::workshop::{Primed, Workshop};
 use super::{Engine, TAP_MEMORY_KIB, lane};
 use crate::backend::Backend;
@@ -138,10 +139,22 @@ pub fn engine(parts: EngineParts) -> (Engine, mpsc::Sender<Request>, Runner) {
         Ok(known) => parents.extend(known.into_iter().map(|known| (known.key, known))),
         Err(error) => tracing::warn!(%error, "records cannot be read; nothing is primed"),
     }
+    let subactions = Arc::new(Subactions::default());
+    let actions = parents.values();
+    let actions: Vec<WeakKey> = actions
+        .filter(|known| matches!(known.identity.kind, ParentKind::Action(_)))
+        .map(|known| known.key)
+        .collect();
+    let (filled, store) = (subactions.clone(), parts.store);
+    // In the background: there may be many, and nobody waits for them.
+    task::spawn("recorded subactions", async move {
+        task::blocking("recorded subactions", move || filled.fill(&store, actions)).await;
+    });
     let dropped = Arc::new(AtomicU64::new(0));
     let engine = Engine {
         observations: observed,
         flights: parts.flights,
+        subactions,
         dropped: dropped.clone(),
         memory: Arc::new(Semaphore::new(TAP_MEMORY_KIB)),
         urgent: Arc::default(),
@@ -267,6 +280,8 @@ impl State {
                     });
                 }
             }
+            // All that was observed before it has been taken in.
+            Observation::Completing { reply, .. } => drop(reply),
             Observation::Disconnected(peer) => {
                 self.callers.forget_connection(peer);
             }

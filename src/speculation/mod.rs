@@ -23,6 +23,7 @@ mod recorder;
 mod resolve;
 mod schedule;
 pub mod store;
+pub mod subactions;
 mod texts;
 mod workshop;
 
@@ -34,6 +35,7 @@ use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore, mpsc, oneshot};
 
 use flights::{FlightKey, Flights};
 use observation::{CallOrigin, Observation};
+use subactions::Subactions;
 
 use crate::workspace::peer::PeerOrigin;
 
@@ -43,6 +45,7 @@ use crate::workspace::peer::PeerOrigin;
 pub struct Engine {
     observations: mpsc::Sender<Observation>,
     flights: Arc<Flights>,
+    subactions: Arc<Subactions>,
     dropped: Arc<AtomicU64>,
     /// What taps may still hold, in KiB.
     memory: Arc<Semaphore>,
@@ -78,7 +81,7 @@ impl Engine {
                 }
                 PeerOrigin::Local { pid: None, .. } | PeerOrigin::Tcp(_) => true,
             },
-            Observation::Question { .. } => true,
+            Observation::Question { .. } | Observation::Completing { .. } => true,
             Observation::Lookup(_) | Observation::Execution(_) | Observation::Disconnected(_) => {
                 false
             }
@@ -108,8 +111,18 @@ impl Engine {
     /// Waits until the engine has worked out whether `key` is about to be executed, but not past
     /// `deadline`. Then `Flights` knows.
     pub async fn ask(&self, origin: CallOrigin, key: FlightKey, deadline: Instant) {
+        let question = |reply| Observation::Question { origin, key, reply };
+        self.answered(question, deadline).await;
+    }
+
+    /// Puts a question to the engine and waits until it is answered, but not past `deadline`.
+    async fn answered(
+        &self,
+        question: impl FnOnce(oneshot::Sender<()>) -> Observation,
+        deadline: Instant,
+    ) {
         let (reply, answered) = oneshot::channel();
-        self.observe(Observation::Question { origin, key, reply });
+        self.observe(question(reply));
         // One that was dropped, or an engine that is gone, drops `reply`: an answer too.
         let _ = tokio::time::timeout_at(deadline.into(), answered).await;
     }
@@ -128,6 +141,7 @@ mod tests {
         let engine = Engine {
             observations,
             flights: Flights::new(1),
+            subactions: Arc::default(),
             dropped: Arc::default(),
             memory: Arc::new(Semaphore::new(2)),
             urgent: Arc::default(),
