@@ -193,10 +193,10 @@ mod tests {
             outputs: Vec::new(),
         }));
         for (name, order, seen) in subactions {
-            let digest = Digest::of(name.as_bytes());
+            let encoded = encoded(name);
             let base = BaseAction {
-                digest,
-                encoded: encoded(name),
+                digest: Digest::of(&encoded),
+                encoded,
                 input_root: Digest::of(b"tree"),
                 mount: None,
                 file_system_root: PathBuf::from("/"),
@@ -208,7 +208,7 @@ mod tests {
                 last_seen_unix_ms: *seen,
             };
             let key = SubactionKey {
-                action_key: digest,
+                action_key: Digest::of(name.as_bytes()),
                 mount: None,
             };
             parent.actions.insert(key, Arc::new(base));
@@ -228,7 +228,7 @@ mod tests {
 
     fn digests(names: &[&str]) -> Vec<Digest> {
         let names = names.iter();
-        names.map(|name| Digest::of(name.as_bytes())).collect()
+        names.map(|name| Digest::of(&encoded(name))).collect()
     }
 
     #[test]
