@@ -7,7 +7,7 @@ use std::sync::Arc;
 use tokio::sync::watch;
 use tonic::Code;
 
-use super::parent_answer::ParentCall;
+use super::parent_answer::{completed, completing};
 use super::tap::{Method, Tap};
 use super::{Asked, Call, Proxy, Reply, about, asked};
 use crate::grpc;
@@ -48,10 +48,10 @@ async fn own_call(
     mut reply: Reply,
 ) {
     let guard = engine.flights().client_executes(observed.key.clone());
-    let parent = ParentCall::new(&engine, &observed.key, Method::Execution);
-    let tap = Tap::new(engine, Method::Execution, observed).holding(guard);
     if let Some(answer) = reply.unless_gone(proxy.send(call)).await {
-        let answer = answer.map(|answer| parent.answer(answer));
+        let answer =
+            answer.map(|answer| completing(&engine, &observed.key, Method::Execution, answer));
+        let tap = Tap::new(engine, Method::Execution, observed).holding(guard);
         reply.finish(answer, Some(tap)).await;
     }
 }
@@ -76,8 +76,8 @@ async fn joined(
         };
         if let Some(mut operation) = operation {
             if ended {
-                let parent = ParentCall::new(&engine, &observed.key, Method::Execution);
-                match reply.unless_gone(Box::pin(parent.message(operation))).await {
+                let last = Box::pin(completed(&engine, &observed.key, operation));
+                match reply.unless_gone(last).await {
                     Some(completed) => operation = completed,
                     None => return,
                 }

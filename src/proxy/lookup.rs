@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use tonic::Code;
 
-use super::parent_answer::ParentCall;
+use super::parent_answer::completing;
 use super::tap::{Method, Tap};
 use super::{Asked, Call, Proxy, Reply, about, asked};
 use crate::backend::exchange as backend;
@@ -84,8 +84,8 @@ async fn observed_call(
                 continue;
             }
         }
-        let parent = ParentCall::new(&engine, &observed.key, Method::Lookup);
-        let answer = answer.map(|answer| parent.answer(answer));
+        let answer =
+            answer.map(|answer| completing(&engine, &observed.key, Method::Lookup, answer));
         let tap = Tap::new(engine.clone(), Method::Lookup, observed);
         return reply.finish(answer, Some(tap)).await;
     }

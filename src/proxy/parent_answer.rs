@@ -21,45 +21,50 @@ use crate::speculation::flights::FlightKey;
 /// than this; some 50,000 subactions have room.
 const MAX_MESSAGE: usize = 4 * 1024 * 1024;
 
+/// The answer that the client gets for `answer`, to a call about the action `key`. That an
+/// `Execute` is about a parent may become known while it runs.
+pub fn completing(
+    engine: &Engine,
+    key: &FlightKey,
+    method: Method,
+    mut answer: Box<Answer>,
+) -> Box<Answer> {
+    let is_looked_at = match method {
+        // By then it is too late for what has said how long it is.
+        Method::Execution if !answer.head.headers().contains_key(CONTENT_LENGTH) => true,
+        Method::Execution | Method::Lookup => engine.subactions().expects(key),
+    };
+    if !is_looked_at || answer.is_end_stream() {
+        return answer;
+    }
+    answer.head.headers_mut().remove(CONTENT_LENGTH);
+    let call = ParentCall::new(engine, key, method);
+    answer.with_body(|body| Body::made(ParentAnswer::new(call, body)))
+}
+
+/// The last message that the client gets for `operation`, which ended an execution of `key`.
+pub async fn completed(engine: &Engine, key: &FlightKey, operation: Bytes) -> Bytes {
+    let call = ParentCall::new(engine, key, Method::Execution);
+    match call.unfilled(operation.clone()) {
+        Some(unfilled) if call.is_about_parent() => call.filled(unfilled, operation).await,
+        _ => operation,
+    }
+}
+
 /// A call about an action that may be a parent.
 #[derive(Clone)]
-pub struct ParentCall {
+struct ParentCall {
     engine: Engine,
     key: FlightKey,
     method: Method,
 }
 
 impl ParentCall {
-    /// A call about the action `key`.
-    pub fn new(engine: &Engine, key: &FlightKey, method: Method) -> Self {
+    fn new(engine: &Engine, key: &FlightKey, method: Method) -> Self {
         ParentCall {
             engine: engine.clone(),
             key: key.clone(),
             method,
-        }
-    }
-
-    /// The answer that the client gets for `answer`. That an `Execute` is about a parent may
-    /// become known while it runs.
-    pub fn answer(self, mut answer: Box<Answer>) -> Box<Answer> {
-        let headers = answer.head.headers_mut();
-        let is_looked_at = match self.method {
-            // By then it is too late for what has said how long it is.
-            Method::Execution if !headers.contains_key(CONTENT_LENGTH) => true,
-            Method::Execution | Method::Lookup => self.is_about_parent(),
-        };
-        if !is_looked_at || answer.is_end_stream() {
-            return answer;
-        }
-        answer.head.headers_mut().remove(CONTENT_LENGTH);
-        answer.with_body(|body| Body::made(ParentAnswer::new(self, body)))
-    }
-
-    /// The message that the client gets for `message`.
-    pub async fn message(self, message: Bytes) -> Bytes {
-        match self.unfilled(message.clone()) {
-            Some(unfilled) if self.is_about_parent() => self.filled(unfilled, message).await,
-            _ => message,
         }
     }
 
