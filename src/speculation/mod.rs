@@ -136,7 +136,7 @@ mod tests {
     use std::time::Duration;
 
     /// A handle on an engine that takes nothing in, with room for one observation.
-    fn stuck() -> (Engine, mpsc::Receiver<Observation>) {
+    pub(super) fn stuck() -> (Engine, mpsc::Receiver<Observation>) {
         let (observations, unread) = mpsc::channel(1);
         let engine = Engine {
             observations,

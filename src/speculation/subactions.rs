@@ -7,10 +7,11 @@
 use std::collections::HashMap;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use moka::sync::Cache;
 use parking_lot::Mutex;
+use tokio::time::Instant;
 
 use super::Engine;
 use super::flights::FlightKey;
@@ -155,7 +156,7 @@ impl Engine {
             let key = key.clone();
             let deadline = Instant::now() + PATIENCE;
             let completing = |reply| Observation::Completing { key, reply };
-            self.answered(completing, deadline).await;
+            self.answered(completing, deadline.into()).await;
         }
         self.subactions.of(key)
     }
@@ -166,6 +167,7 @@ mod tests {
     use super::*;
     use crate::speculation::parent::{ActionParent, ExecutedParent, ParentIdentity};
     use crate::speculation::parent::{BaseAction, SubactionKey};
+    use crate::speculation::tests::stuck;
     use std::path::PathBuf;
 
     fn key(name: &str) -> FlightKey {
@@ -244,6 +246,31 @@ mod tests {
         assert!(!subactions.expects(&key("p")));
         subactions.set(key("p"), digests(&["a"]));
         assert!(subactions.expects(&key("p")) && !subactions.is_open(&key("p")));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn the_result_of_an_open_parent_waits_until_the_engine_has_attributed_the_rest() {
+        let (engine, mut observations) = stuck();
+        let open = engine.subactions().begin(key("p"));
+        let attribute = async {
+            let Some(Observation::Completing { key, reply }) = observations.recv().await else {
+                panic!("the engine is not asked");
+            };
+            // Well within the time that it has.
+            tokio::time::sleep(PATIENCE / 2).await;
+            engine.subactions().set(key, digests(&["late"]));
+            drop(reply);
+        };
+        let asked = key("p");
+        let (of, ()) = tokio::join!(engine.subactions_of(&asked), attribute);
+        assert_eq!(of.unwrap().to_vec(), digests(&["late"]));
+
+        let began = tokio::time::Instant::now();
+        assert!(engine.subactions_of(&asked).await.is_some());
+        assert_eq!(began.elapsed(), PATIENCE, "it does not answer");
+        drop(open);
+        assert!(engine.subactions_of(&asked).await.is_some());
+        assert_eq!(began.elapsed(), PATIENCE, "it is not asked about others");
     }
 
     #[test]
