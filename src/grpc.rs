@@ -82,16 +82,31 @@ pub enum Framed {
     Compressed,
 }
 
+/// What stands before a gRPC message.
+pub struct Prefix {
+    /// Whether the message is compressed.
+    pub compressed: bool,
+    /// How many bytes it has.
+    pub length: usize,
+}
+
+/// The prefix at the beginning of `framed`; `None` if it is not there in full.
+pub fn prefix(framed: &[u8]) -> Option<Prefix> {
+    let [flag, length @ ..] = framed.first_chunk::<FRAME_HEADER>()?;
+    Some(Prefix {
+        compressed: *flag != 0,
+        length: u32::from_be_bytes(*length) as usize,
+    })
+}
+
 /// Takes the first gRPC message off `body`; `None` if it is not there in full.
 pub fn split_message(body: &mut Bytes) -> Option<Framed> {
-    let mut rest = body.clone();
-    let compressed = rest.try_get_u8().ok()? != 0;
-    let length = rest.try_get_u32().ok()? as usize;
-    if length > rest.len() {
+    let Prefix { compressed, length } = prefix(body)?;
+    if length > body.len() - FRAME_HEADER {
         return None;
     }
-    let message = rest.split_to(length);
-    *body = rest;
+    body.advance(FRAME_HEADER);
+    let message = body.split_to(length);
     Some(if compressed {
         Framed::Compressed
     } else {

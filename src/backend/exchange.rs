@@ -217,6 +217,12 @@ impl Answer {
         self.body.is_end_stream()
     }
 
+    /// The same answer with another body in the place of its own.
+    pub fn with_body(mut self: Box<Self>, other: impl FnOnce(Body) -> Body) -> Box<Self> {
+        self.body = other(std::mem::replace(&mut self.body, Body::empty()));
+        self
+    }
+
     /// The trailers, if nothing comes before them. Waits for whatever comes first, and takes
     /// nothing away.
     ///

@@ -38,7 +38,7 @@ impl Body {
         Body::of(Rest::Stream(stream))
     }
 
-    /// What primed itself produces.
+    /// What primed itself produces, or lets pass in another form.
     pub fn made<B>(body: B) -> Self
     where
         B: http_body::Body<Data = Bytes> + Send + 'static,
@@ -81,7 +81,7 @@ impl Body {
     /// # Errors
     /// `BodyError`, when the body broke off; whoever reads on sees it too.
     pub fn poll_ahead(&mut self, cx: &mut Context<'_>) -> Poll<Result<bool, BodyError>> {
-        if let Some(chunk) = ready!(self.rest.poll_data(cx)) {
+        if let Some(chunk) = ready!(self.rest.poll_data(cx, &mut self.trailers)) {
             self.ahead.push_back(chunk?);
             return Poll::Ready(Ok(true));
         }
@@ -95,7 +95,7 @@ impl Body {
     pub fn poll_data(&mut self, cx: &mut Context<'_>) -> Poll<Option<Result<Bytes, BodyError>>> {
         match self.ahead.pop_front() {
             Some(chunk) => Poll::Ready(Some(Ok(chunk))),
-            None => self.rest.poll_data(cx),
+            None => self.rest.poll_data(cx, &mut self.trailers),
         }
     }
 
@@ -123,7 +123,12 @@ impl Body {
 }
 
 impl Rest {
-    fn poll_data(&mut self, cx: &mut Context<'_>) -> Poll<Option<Result<Bytes, BodyError>>> {
+    /// The next chunk. The trailers of a body that is made come by the way.
+    fn poll_data(
+        &mut self,
+        cx: &mut Context<'_>,
+        trailers: &mut Option<HeaderMap>,
+    ) -> Poll<Option<Result<Bytes, BodyError>>> {
         match self {
             Rest::Stream(stream) => Poll::Ready(match ready!(stream.poll_data(cx)) {
                 Some(Ok(chunk)) => {
@@ -137,17 +142,17 @@ impl Rest {
                 Some(Err(error)) => Some(Err(error.into())),
                 None => None,
             }),
-            Rest::Made(body) => loop {
-                match ready!(body.as_mut().poll_frame(cx)) {
-                    Some(Ok(frame)) => {
-                        // gRPC's requests have no trailers.
-                        if let Ok(data) = frame.into_data() {
-                            return Poll::Ready(Some(Ok(data)));
-                        }
+            Rest::Made(_) if trailers.is_some() => Poll::Ready(None),
+            Rest::Made(body) => match ready!(body.as_mut().poll_frame(cx)) {
+                Some(Ok(frame)) => match frame.into_data() {
+                    Ok(data) => Poll::Ready(Some(Ok(data))),
+                    Err(frame) => {
+                        *trailers = frame.into_trailers().ok();
+                        Poll::Ready(None)
                     }
-                    Some(Err(error)) => return Poll::Ready(Some(Err(error))),
-                    None => return Poll::Ready(None),
-                }
+                },
+                Some(Err(error)) => Poll::Ready(Some(Err(error))),
+                None => Poll::Ready(None),
             },
             Rest::Nothing => Poll::Ready(None),
         }

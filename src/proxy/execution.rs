@@ -7,6 +7,7 @@ use std::sync::Arc;
 use tokio::sync::watch;
 use tonic::Code;
 
+use super::parent_answer::{completed, completing};
 use super::tap::{Method, Tap};
 use super::{Asked, Call, Proxy, Reply, about, asked};
 use crate::grpc;
@@ -39,14 +40,24 @@ pub async fn call(proxy: Arc<Proxy>, engine: Engine, call: Call, mut reply: Repl
 }
 
 /// Forwards the client's own call, observed.
-async fn own_call(proxy: Arc<Proxy>, engine: Engine, call: Call, observed: Observed, reply: Reply) {
+async fn own_call(
+    proxy: Arc<Proxy>,
+    engine: Engine,
+    call: Call,
+    observed: Observed,
+    mut reply: Reply,
+) {
     let guard = engine.flights().client_executes(observed.key.clone());
     engine.observe(Observation::Executing {
         origin: observed.origin.clone(),
         key: observed.key.clone(),
     });
-    let tap = Tap::new(engine, Method::Execution, observed).holding(guard);
-    proxy.forward(call, reply, Some(tap)).await;
+    if let Some(answer) = reply.unless_gone(proxy.send(call)).await {
+        let answer =
+            answer.map(|answer| completing(&engine, &observed.key, Method::Execution, answer));
+        let tap = Tap::new(engine, Method::Execution, observed).holding(guard);
+        reply.finish(answer, Some(tap)).await;
+    }
 }
 
 /// Tells the client what becomes of the flight that it joins. Nothing is sent before the flight has
@@ -67,7 +78,14 @@ async fn joined(
             Stage::Ended(_) => break,
             Stage::Queued | Stage::Running(None) => (None, false),
         };
-        if let Some(operation) = operation {
+        if let Some(mut operation) = operation {
+            if ended {
+                let last = Box::pin(completed(&engine, &observed.key, operation));
+                match reply.unless_gone(last).await {
+                    Some(completed) => operation = completed,
+                    None => return,
+                }
+            }
             let framed = grpc::framed(&operation);
             let joined = call.began.elapsed();
             observed.joined.get_or_insert(joined);

@@ -1,12 +1,14 @@
 //! `GetActionResult`: forwarded and observed; one for an action in flight waits for it first, up
-//! to a bound. What the client is told is always the upstream's answer, with one exception: a
-//! failed speculative execution is not shown to a lookup that would have found nothing.
+//! to a bound. What the client is told is always the upstream's answer, with two exceptions: a
+//! failed speculative execution is not shown to a lookup that would have found nothing, and the
+//! result of an action parent gains its subactions.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use tonic::Code;
 
+use super::parent_answer::completing;
 use super::tap::{Method, Tap};
 use super::{Asked, Call, Proxy, Reply, about, asked};
 use crate::backend::exchange as backend;
@@ -82,6 +84,8 @@ async fn observed_call(
                 continue;
             }
         }
+        let answer =
+            answer.map(|answer| completing(&engine, &observed.key, Method::Lookup, answer));
         let tap = Tap::new(engine.clone(), Method::Lookup, observed);
         return reply.finish(answer, Some(tap)).await;
     }

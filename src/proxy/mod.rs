@@ -1,13 +1,16 @@
 //! Forwards any gRPC method, known or not, at the level of HTTP/2: headers, messages and
 //! trailers pass as they came. A few methods get more than that, in a file each: `lookup` and
-//! `execution` are observed and may wait for what is in flight; `capabilities` are remembered, and
+//! `execution` are observed, may wait for what is in flight, and tell what was executed on behalf of
+//! an action; `capabilities` are remembered, and
 //! `health` is told, for when the upstream cannot say it itself.
 
 mod capabilities;
 mod execution;
 mod health;
 mod lookup;
+mod parent_answer;
 mod reply;
+mod subactions;
 mod tap;
 
 use std::future::poll_fn;

@@ -11,7 +11,7 @@ use std::sync::Arc;
 
 use bytes::Bytes;
 use prost::Message as _;
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, oneshot};
 use tonic::Status;
 
 use super::activity::{Activities, Activity};
@@ -53,6 +53,13 @@ pub enum Message {
         /// Path and digest of each.
         files: Outputs,
     },
+    /// The result of an action parent is on its way to its client.
+    Completing {
+        /// The parent.
+        parent: FlightKey,
+        /// Given back with the answer.
+        reply: oneshot::Sender<()>,
+    },
     /// An action parent has ended with this result, or without one.
     Ended {
         /// The parent.
@@ -72,6 +79,13 @@ pub enum Found {
         key: FlightKey,
         /// The parent.
         parent: Option<FlightKey>,
+    },
+    /// All that was asked before the parent completed is answered.
+    Completing {
+        /// The parent.
+        parent: FlightKey,
+        /// As it came.
+        reply: oneshot::Sender<()>,
     },
     /// All that was asked before the parent ended is answered.
     Ended {
@@ -208,6 +222,9 @@ impl Attribution {
                     if let Some(open) = parent.and_then(|parent| self.open.get_mut(parent)) {
                         open.add_files(files);
                     }
+                }
+                Message::Completing { parent, reply } => {
+                    answers.push(Found::Completing { parent, reply });
                 }
                 Message::Ended { parent, result } => {
                     let outputs = match (self.open.remove(&parent), result) {

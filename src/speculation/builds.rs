@@ -10,6 +10,7 @@ use serde::Serialize;
 use super::callers::Caller;
 use super::flights::FlightKey;
 use super::record::Subaction;
+use crate::cas::Digest;
 
 /// How the client's question for an action was answered. Section 11 of the design has the words.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -97,6 +98,16 @@ impl Build {
             .or_insert_with(|| subaction(order));
     }
 
+    /// The actions that are kept, in the order in which they were asked for.
+    pub fn subactions_in_order(&self) -> Vec<Digest> {
+        let mut subactions: Vec<&Subaction> = self.subactions.values().collect();
+        subactions.sort_unstable_by_key(|subaction| subaction.order);
+        subactions
+            .iter()
+            .map(|subaction| subaction.action)
+            .collect()
+    }
+
     /// What `primed status` shows of it.
     pub fn status(&self) -> BuildStatus {
         let count = |which| self.asked.values().filter(|asked| **asked == which).count() as u64;
@@ -156,7 +167,6 @@ pub struct BuildStatus {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::cas::Digest;
     use crate::speculation::callers::Callers;
     use crate::speculation::observation::CallOrigin;
     use crate::workspace::peer::{Peer, PeerOrigin};

@@ -26,6 +26,7 @@ use super::record::{Subaction, execution_time};
 use super::recorder::{self, Ended, Recorded};
 use super::schedule::Outputs;
 use super::store::{KnownParent, RecordCounts, Store};
+use super::subactions::{self, Subactions};
 use super::workshop::{Primed, Workshop};
 use super::{Engine, TAP_MEMORY_KIB, lane};
 use crate::backend::Backend;
@@ -142,11 +143,23 @@ pub fn engine(parts: EngineParts) -> (Engine, mpsc::Sender<Request>, Runner) {
         Ok(known) => parents.extend(known.into_iter().map(|known| (known.key, known))),
         Err(error) => tracing::warn!(%error, "records cannot be read; nothing is primed"),
     }
+    let subactions = Arc::new(Subactions::default());
+    let actions = parents.values();
+    let actions: Vec<WeakKey> = actions
+        .filter(|known| matches!(known.identity.kind, ParentKind::Action(_)))
+        .map(|known| known.key)
+        .collect();
+    let (filled, store) = (subactions.clone(), parts.store);
+    // In the background: there may be many, and nobody waits for them.
+    task::spawn("recorded subactions", async move {
+        task::blocking("recorded subactions", move || filled.fill(&store, actions)).await;
+    });
     let (attributor, found) = Attributor::start(workshop.clone());
     let dropped = Arc::new(AtomicU64::new(0));
     let engine = Engine {
         observations: observed,
         flights: parts.flights,
+        subactions,
         dropped: dropped.clone(),
         memory: Arc::new(Semaphore::new(TAP_MEMORY_KIB)),
         urgent: Arc::default(),
@@ -169,6 +182,7 @@ pub fn engine(parts: EngineParts) -> (Engine, mpsc::Sender<Request>, Runner) {
             closed: VecDeque::new(),
             primings: HashMap::new(),
             nested: Nested::new(attributor),
+            subactions: engine.subactions.clone(),
             early: HashMap::new(),
             waiting: Vec::new(),
             recorder,
@@ -193,6 +207,8 @@ struct State {
     primings: HashMap<Group, Priming>,
     /// Action parents that are open.
     nested: Nested,
+    /// What they, and those before them, have run.
+    subactions: Arc<Subactions>,
     /// How many results were primed for action parents before they began.
     early: HashMap<WeakKey, u64>,
     /// Those who wait for quiet.
@@ -290,6 +306,8 @@ impl State {
                     }
                 }
             }
+            // Answered when it is known on whose behalf all was asked for that came before.
+            Observation::Completing { key, reply } => self.nested.complete(&key, reply),
             Observation::Disconnected(peer) => {
                 self.callers.forget_connection(peer);
             }
@@ -469,6 +487,12 @@ impl State {
                     self.attributed(answered, parent.as_ref());
                 }
             }
+            Found::Completing { parent, reply } => {
+                if let Some(build) = self.open.get(&BuildKey::Action(parent.clone())) {
+                    self.subactions.set(parent, build.subactions_in_order());
+                }
+                drop(reply);
+            }
             Found::Ended { parent, outputs } => self.close_parent(&parent, outputs),
         }
     }
@@ -512,6 +536,7 @@ impl State {
                 .sum();
             self.open.insert(build_key, build);
             let open = OpenParent {
+                _completing: self.subactions.begin(key.clone()),
                 group: group.clone(),
                 keys: family.keys.iter().chain(&family.earlier).copied().collect(),
                 executed: ExecutedParent {
@@ -587,6 +612,9 @@ impl State {
             dependencies: recorded.parent.dependencies(),
         };
         self.parents.insert(key, known);
+        if let Some((key, digests)) = subactions::recorded(&recorded.parent) {
+            self.subactions.set(key, digests);
+        }
         if let Some(priming) = self.primings.get(&Group::Invocation(key)) {
             priming.tell(Message::Records(recorded.parent));
         }

@@ -27,6 +27,7 @@ mod recorder;
 mod resolve;
 mod schedule;
 pub mod store;
+pub mod subactions;
 mod texts;
 mod workshop;
 
@@ -38,6 +39,7 @@ use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore, mpsc, oneshot};
 
 use flights::{FlightKey, Flights};
 use observation::{CallOrigin, Observation};
+use subactions::Subactions;
 
 use crate::workspace::peer::PeerOrigin;
 
@@ -47,6 +49,7 @@ use crate::workspace::peer::PeerOrigin;
 pub struct Engine {
     observations: mpsc::Sender<Observation>,
     flights: Arc<Flights>,
+    subactions: Arc<Subactions>,
     dropped: Arc<AtomicU64>,
     /// What taps may still hold, in KiB.
     memory: Arc<Semaphore>,
@@ -82,7 +85,9 @@ impl Engine {
                 }
                 PeerOrigin::Local { pid: None, .. } | PeerOrigin::Tcp(_) => true,
             },
-            Observation::Question { .. } | Observation::Executing { .. } => true,
+            Observation::Question { .. }
+            | Observation::Executing { .. }
+            | Observation::Completing { .. } => true,
             Observation::Lookup(_) | Observation::Execution(_) | Observation::Disconnected(_) => {
                 false
             }
@@ -112,8 +117,18 @@ impl Engine {
     /// Waits until the engine has worked out whether `key` is about to be executed, but not past
     /// `deadline`. Then `Flights` knows.
     pub async fn ask(&self, origin: CallOrigin, key: FlightKey, deadline: Instant) {
+        let question = |reply| Observation::Question { origin, key, reply };
+        self.answered(question, deadline).await;
+    }
+
+    /// Puts a question to the engine and waits until it is answered, but not past `deadline`.
+    async fn answered(
+        &self,
+        question: impl FnOnce(oneshot::Sender<()>) -> Observation,
+        deadline: Instant,
+    ) {
         let (reply, answered) = oneshot::channel();
-        self.observe(Observation::Question { origin, key, reply });
+        self.observe(question(reply));
         // One that was dropped, or an engine that is gone, drops `reply`: an answer too.
         let _ = tokio::time::timeout_at(deadline.into(), answered).await;
     }
@@ -127,11 +142,12 @@ mod tests {
     use std::time::Duration;
 
     /// A handle on an engine that takes nothing in, with room for one observation.
-    fn stuck() -> (Engine, mpsc::Receiver<Observation>) {
+    pub(super) fn stuck() -> (Engine, mpsc::Receiver<Observation>) {
         let (observations, unread) = mpsc::channel(1);
         let engine = Engine {
             observations,
             flights: Flights::new(1),
+            subactions: Arc::default(),
             dropped: Arc::default(),
             memory: Arc::new(Semaphore::new(2)),
             urgent: Arc::default(),

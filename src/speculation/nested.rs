@@ -4,11 +4,14 @@
 use std::collections::HashMap;
 use std::sync::Arc;
 
+use tokio::sync::oneshot;
+
 use super::attribution::{Attributor, Message};
 use super::flights::FlightKey;
 use super::observation::{Call, CallOrigin};
 use super::parent::{ExecutedParent, WeakKey};
 use super::priming::Group;
+use super::subactions;
 use crate::cas::digest::required;
 use crate::reapi::ActionResult;
 
@@ -19,6 +22,8 @@ const MAX_HELD: usize = 100_000;
 pub struct OpenParent {
     /// It is primed with these.
     pub group: Group,
+    /// Has the proxy look at its result.
+    pub _completing: subactions::OpenParent,
     /// What it, and what had its name before, is recorded under.
     pub keys: Vec<WeakKey>,
     /// What it is executed as; its outputs come last.
@@ -146,6 +151,14 @@ impl Nested {
         self.attributor.tell(Message::Wrote {
             key: key.clone(),
             files: files.collect(),
+        });
+    }
+
+    /// Drops `reply` when all that was asked before is answered, and what `parent` has run is known.
+    pub fn complete(&self, parent: &FlightKey, reply: oneshot::Sender<()>) {
+        self.attributor.tell(Message::Completing {
+            parent: parent.clone(),
+            reply,
         });
     }
 

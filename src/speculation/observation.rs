@@ -60,6 +60,14 @@ pub enum Observation {
         /// Closed when the question is answered: see `Flights::join`.
         reply: oneshot::Sender<()>,
     },
+    /// The result of an open parent has arrived, and is held back until the engine drops `reply`:
+    /// when `Subactions` knows all of it, or as much as there will be.
+    Completing {
+        /// The parent's action.
+        key: FlightKey,
+        /// Closed when the result may go on.
+        reply: oneshot::Sender<()>,
+    },
     /// A connection has ended.
     Disconnected(u64),
 }

@@ -133,6 +133,9 @@ impl Recording<'_> {
             let asked = subactions.iter().map(|subaction| subaction.action);
             let kept: HashSet<Digest> = unchanged.chain(asked).collect();
             parent.actions.retain(|_, base| kept.contains(&base.digest));
+            for base in parent.actions.values_mut() {
+                Arc::make_mut(base).last_seen_unix_ms = now;
+            }
             parent.executed = Some(executed.clone());
         }
         let unrecorded = record(workshop, &mut parent, &subactions, now)

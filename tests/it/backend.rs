@@ -322,6 +322,7 @@ impl FakeBackend {
 impl Drop for FakeBackend {
     fn drop(&mut self) {
         self.world.hold(false);
+        self.world.kept_open.send_modify(HashSet::clear);
         drop(self.stop.take());
         if let Some(thread) = self.thread.take() {
             let _ = thread.join();

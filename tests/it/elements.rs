@@ -43,13 +43,15 @@ struct Element<'a> {
     stage: &'a Stage,
     action: Action,
     operations: Streaming<Operation>,
-    _client: Build,
+    client: Build,
     nested: Build,
     /// Text in the platform and the environment of what runs inside.
     root: Option<String>,
     /// A proxy between answers what it can without asking primed.
     cached_between: bool,
     ways: Vec<Way>,
+    /// What was run inside.
+    subactions: Vec<Digest>,
 }
 
 /// How an element is built, beside its name and its inputs.
@@ -134,11 +136,12 @@ impl Stage {
             stage: self,
             action,
             operations,
-            _client: client,
+            client,
             nested: self.client("recc", "buildbox:6"),
             root: settings.root.map(str::to_owned),
             cached_between: false,
             ways: Vec::new(),
+            subactions: Vec::new(),
         }
     }
 
@@ -207,6 +210,7 @@ impl Element<'_> {
         };
         assert_eq!(result.exit_code, 0);
         self.ways.push(way);
+        self.subactions.push(action.digest);
         let digest = result.output_files[0].digest.as_ref().unwrap();
         let digest = Digest::try_from(digest).unwrap();
         self.stage.backend.world.blob("", digest).unwrap()
@@ -254,7 +258,18 @@ impl Element<'_> {
         stage.artifacts.lock().insert(action.digest, files.clone());
         stage.backend.world.let_end(action.digest);
         let recorded = stage.recorded();
-        assert_eq!(last(self.operations).await.result.unwrap().exit_code, 0);
+        let result = last(self.operations).await.result.unwrap();
+        assert_eq!(result.exit_code, 0);
+        if !self.cached_between {
+            let named = result.subactions.iter().map(Digest::try_from);
+            let named: Vec<Digest> = named.map(Result::unwrap).collect();
+            assert_eq!(
+                named, self.subactions,
+                "the result names what was run inside"
+            );
+        }
+        let cached = self.client.lookup(action.digest).await.unwrap();
+        assert_eq!(cached.subactions, result.subactions);
         stage
             .until("the element is recorded", || stage.recorded() > recorded)
             .await;
@@ -562,6 +577,7 @@ async fn a_call_that_fits_no_element_is_nobodys() {
     stranger
         .run("compile x", &[("x.c", &text("of nobody"))], "x.o")
         .await;
+    stranger.subactions.clear();
     stranger.end(&[]).await;
     lib.end(&[]).await;
     assert_eq!(stage.counts("lib"), (0, 0, 1));

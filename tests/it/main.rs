@@ -24,6 +24,7 @@ mod relay;
 mod restart;
 mod stage;
 mod store_faults;
+mod subactions;
 mod support;
 mod upstream_faults;
 mod upstreams;
