@@ -12,15 +12,17 @@ use std::time::{Duration, Instant};
 use tokio::sync::{Notify, Semaphore, mpsc, oneshot};
 
 use super::activity::Activities;
+use super::archive;
 pub use super::builds::BuildStatus;
 use super::builds::{Asked, Build};
 use super::callers::{BuildKey, Caller, Callers};
 use super::flights::Flights;
 use super::observation::{Call, CallOrigin, Observation};
-use super::parent::WeakKey;
+use super::parent::{ParentIdentity, WeakKey};
 use super::priming::{Group, Message, Priming};
 use super::record::{Subaction, execution_time};
 use super::recorder::{self, Ended, Recorded};
+use super::share::Sharing;
 use super::store::{KnownParent, RecordCounts, Store};
 use super::workshop::{Primed, Workshop};
 use super::{Engine, TAP_MEMORY_KIB, lane};
@@ -59,6 +61,8 @@ pub enum Request {
     Wait(oneshot::Sender<()>),
     /// Ends all builds; answered when they are recorded.
     Finish(oneshot::Sender<()>),
+    /// About the records themselves.
+    Records(archive::Request),
 }
 
 /// The state of the engine.
@@ -82,6 +86,8 @@ pub struct EngineParts {
     pub flights: Arc<Flights>,
     /// The records.
     pub store: Arc<Store>,
+    /// Whether they are shared with others.
+    pub share: bool,
 }
 
 /// The receiving end of an `Engine`, to be run by one task.
@@ -117,6 +123,7 @@ pub fn engine(parts: EngineParts) -> (Engine, mpsc::Sender<Request>, Runner) {
         directories: DirectoryCache::default(),
         index: Arc::new(FileIndex::with(files)),
         store: parts.store.clone(),
+        sharing: parts.share.then(|| Arc::new(Sharing::new(&recorder))),
         activities: Activities::default(),
         unadaptable: Arc::default(),
         primed,
@@ -257,8 +264,10 @@ impl State {
             Observation::Lookup(call) => self.lookup(call),
             Observation::Execution(call) => self.execution(call),
             Observation::Question { origin, key, reply } => {
-                let parent = self.build_of(&origin).caller.parent(&key.instance);
+                let build = self.build_of(&origin);
+                let (number, parent) = (build.number, build.caller.parent(&key.instance));
                 let group = Group::Invocation(parent.weak_key());
+                self.look_for_shared(parent, number);
                 if let Some(priming) = self.primings.get(&group) {
                     priming.tell(Message::Question {
                         key,
@@ -305,6 +314,20 @@ impl State {
                 .entry(Group::Invocation(known.key))
                 .or_insert_with_key(|group| Priming::start(group, workshop.clone()))
                 .tell(Message::Begin(number));
+        }
+    }
+
+    /// Has a build of which nothing is recorded here primed by what others have shared.
+    fn look_for_shared(&mut self, parent: ParentIdentity, build: u64) {
+        let key = parent.weak_key();
+        if self.workshop.sharing.is_none() || self.parents.contains_key(&key) {
+            return;
+        }
+        if let Entry::Vacant(new) = self.primings.entry(Group::Invocation(key)) {
+            let priming = Priming::start(new.key(), self.workshop.clone());
+            priming.tell(Message::Unrecorded(Box::new(parent)));
+            priming.tell(Message::Begin(build));
+            new.insert(priming);
         }
     }
 
@@ -505,6 +528,9 @@ impl State {
                 };
                 // Whoever asked may have gone.
                 let _ = reply.send(status);
+            }
+            Request::Records(request) => {
+                archive::dispatch(request, &self.workshop, &self.recorder);
             }
             Request::Wait(reply) => {
                 self.close_exited();

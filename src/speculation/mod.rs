@@ -6,22 +6,25 @@
 //! The proxy holds an [`Engine`] and asks it one question: is this digest in flight?
 
 mod activity;
+pub mod archive;
 mod builds;
 mod callers;
 pub mod engine;
 pub mod flights;
 mod generate;
 mod instantiate;
+pub mod interchange;
 mod known;
 mod lane;
 pub mod observation;
-mod parent;
+pub mod parent;
 mod prepare;
 mod priming;
 mod record;
 mod recorder;
 mod resolve;
 mod schedule;
+mod share;
 pub mod store;
 mod texts;
 mod workshop;

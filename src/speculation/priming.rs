@@ -21,10 +21,11 @@ use tonic::Status;
 use super::activity::{Activities, Activity};
 use super::flights::{FlightKey, Landing, Outcome, ending};
 use super::known::{CurrentParent, Known};
-use super::parent::{Parent, ParentKind, WeakKey, action_parts};
+use super::parent::{Parent, ParentIdentity, ParentKind, WeakKey, action_parts};
 use super::prepare::{self, Job, Queue};
 use super::record::output_files;
 use super::schedule::{Outputs, Plan, PlannedParent, Ready, Results, Share, Subject};
+use super::share;
 use super::workshop::{Primed, Workshop};
 use crate::cas::Digest;
 use crate::reapi::ActionResult;
@@ -62,6 +63,9 @@ pub enum Message {
     /// A build of an invocation has begun, or an earlier one found something else than expected:
     /// look at the workspace. The number names the build that speculative work is done for.
     Begin(u64),
+    /// A parent of which nothing is recorded here is asked for: others may have shared it. Comes
+    /// before whatever begins its priming.
+    Unrecorded(Box<ParentIdentity>),
     /// An action parent has been asked for.
     Opened(Opened),
     /// An action parent has ended with this output.
@@ -216,6 +220,11 @@ impl Worker {
                     self.builds.insert(*key, build);
                 }
                 self.look_at_workspace().await;
+            }
+            Message::Unrecorded(identity) => {
+                if let Some(parent) = share::obtain(&self.workshop, &identity).await {
+                    self.parents.insert(identity.weak_key(), parent);
+                }
             }
             Message::Opened(opened) => {
                 self.open(opened);

@@ -7,11 +7,13 @@ use std::sync::Arc;
 use tokio::sync::{mpsc, oneshot};
 
 use super::activity::Activity;
+use super::archive::{Import, adopt_waiting};
 use super::callers::Caller;
 use super::flights::FlightKey;
 use super::generate::{Sources, generate};
 use super::parent::{Parent, ParentIdentity, WeakKey};
 use super::record::{Subaction, record};
+use super::share;
 use super::workshop::Workshop;
 use crate::config::Mode;
 use crate::task;
@@ -20,6 +22,8 @@ use crate::task;
 pub enum Message {
     /// A build has ended.
     Ended(Box<Ended>),
+    /// Records that were made elsewhere.
+    Import(Box<Import>),
     /// Answered when all that came before it is recorded.
     Flush(oneshot::Sender<()>),
 }
@@ -54,6 +58,13 @@ pub async fn run(
     while let Some(message) = messages.recv().await {
         let build = match message {
             Message::Ended(build) => build,
+            Message::Import(import) => {
+                if let Some(message) = import.run(&workshop).await {
+                    // An engine that is gone needs to know nothing.
+                    let _ = recorded.send(message).await;
+                }
+                continue;
+            }
             Message::Flush(reply) => {
                 // Whoever asked may have gone.
                 let _ = reply.send(());
@@ -72,12 +83,13 @@ pub async fn run(
                 Ok((parent, dropped)) => {
                     let activity = build.activity.clone();
                     let message = Recorded {
-                        parent,
+                        parent: parent.clone(),
                         dropped,
                         activity,
                     };
                     // An engine that is gone needs to know nothing.
                     let _ = recorded.send(message).await;
+                    share::publish(&workshop, &parent).await;
                 }
                 Err(reason) => tracing::warn!(parent = label, %reason, "a build was not recorded"),
             }
@@ -112,6 +124,7 @@ async fn record_build(
             "some actions were not recorded: they are not in the CAS, or must not be repeated"
         );
     }
+    adopt_waiting(workshop, &mut parent).await;
     let instance = parent.identity.instance.clone();
     let roots: Vec<_> = parent
         .actions
