@@ -1,6 +1,8 @@
 //! The records for those who ask for them: lists, exports and imports. The daemon answers its admin
 //! socket with it; where no daemon runs, commands use it on the store itself.
 
+use std::collections::HashMap;
+use std::path::PathBuf;
 use std::sync::Arc;
 
 use bytes::Bytes;
@@ -10,7 +12,7 @@ use tokio::sync::{mpsc, oneshot};
 use tonic::Status;
 
 use super::interchange::{self, Interchange, Malformed, Names};
-use super::parent::{Parent, WeakKey};
+use super::parent::{BaseAction, Parent, WeakKey};
 use super::record::{Subaction, record};
 use super::recorder::{self, Recorded};
 use super::store::{Store, StoreError};
@@ -398,14 +400,39 @@ async fn adopt(
         .await
         .map_err(ArchiveError::Backend)?;
     let mut added = 0;
-    for (key, base) in others.actions {
-        let mut known = parent.actions.keys();
-        if known.all(|known| known.action_key != key.action_key) {
-            parent.actions.insert(key, base);
-            added += 1;
+    let place = only_place(parent);
+    let mut recorded_as = HashMap::new();
+    for (mut key, mut base) in others.actions {
+        let mut known = parent.actions.iter();
+        match known.find(|(known, _)| known.action_key == key.action_key) {
+            Some((_, known)) => {
+                recorded_as.insert(base.digest, known.digest);
+            }
+            None => {
+                if let Some((mount, file_system_root)) = &place {
+                    key.mount = Some(mount.clone());
+                    let base = Arc::make_mut(&mut base);
+                    base.mount = Some(mount.clone());
+                    base.file_system_root = file_system_root.clone();
+                }
+                parent.actions.insert(key, base);
+                added += 1;
+            }
         }
     }
     let names = blocking(&workshop.store, |store| Ok(Names::of(&store.parents()?))).await?;
-    interchange::add_overlays(parent, message, &names);
+    interchange::add_overlays(parent, message, &names, &recorded_as);
     Ok(added)
+}
+
+/// What the input trees of a parent's actions stand for on disk, if that is one place for all: then
+/// those of actions that others recorded of it do too.
+fn only_place(parent: &Parent) -> Option<(PathBuf, PathBuf)> {
+    let mut bases = parent.actions.values();
+    let first = bases.next()?;
+    let same = |base: &Arc<BaseAction>| {
+        (&base.mount, &base.file_system_root) == (&first.mount, &first.file_system_root)
+    };
+    let place = (first.mount.clone()?, first.file_system_root.clone());
+    bases.all(same).then_some(place)
 }

@@ -227,9 +227,18 @@ fn overlays(message: &SpeculativeActions) -> impl Iterator<Item = &Overlay> {
     of_actions.chain(&message.artifact_overlays)
 }
 
-/// Adds to the overlay table of `parent` what others have written about it.
-pub fn add_overlays(parent: &mut Parent, message: &SpeculativeActions, names: &Names) {
-    let words = Words::of(parent, names);
+/// Adds to the overlay table of `parent` what others have written about it. Some of the actions
+/// that they name are `recorded_as` others here: the same commands on other files.
+pub fn add_overlays(
+    parent: &mut Parent,
+    message: &SpeculativeActions,
+    names: &Names,
+    recorded_as: &HashMap<Digest, Digest>,
+) {
+    let words = Words {
+        recorded_as: recorded_as.clone(),
+        ..Words::of(parent, names)
+    };
     let read = overlays(message).flat_map(|overlay| words.origins(overlay));
     for (target, origin) in read.collect::<Vec<_>>() {
         parent.overlays.add(target, origin);
@@ -243,6 +252,8 @@ struct Words<'a> {
     names: &'a Names,
     /// Where the recorded actions run.
     directories: HashMap<Digest, &'a str>,
+    /// See `add_overlays`.
+    recorded_as: HashMap<Digest, Digest>,
 }
 
 impl<'a> Words<'a> {
@@ -254,6 +265,7 @@ impl<'a> Words<'a> {
             directories: bases
                 .map(|base| (base.digest, base.working_directory.as_str()))
                 .collect(),
+            recorded_as: HashMap::new(),
         }
     }
 
@@ -391,6 +403,7 @@ impl<'a> Words<'a> {
                 },
                 OverlayType::Action => {
                     let action = required(overlay.source_action_digest.as_ref()).ok()?;
+                    let action = *self.recorded_as.get(&action).unwrap_or(&action);
                     let directory = self.directories.get(&action).copied().unwrap_or_default();
                     let path = normalized(directory, path)?;
                     Origin::Action {
@@ -757,7 +770,7 @@ mod tests {
         };
         let mut known = parent.clone();
         known.overlays = OverlayTable::default();
-        add_overlays(&mut known, &foreign, &names);
+        add_overlays(&mut known, &foreign, &names, &HashMap::new());
         let origins = |parent: &Parent| {
             let mut origins: Vec<_> = parent
                 .overlays
@@ -807,7 +820,7 @@ mod tests {
         );
         message.primed_records.clear();
         parent.overlays = OverlayTable::default();
-        add_overlays(&mut parent, &message, &Names::default());
+        add_overlays(&mut parent, &message, &Names::default(), &HashMap::new());
         assert_eq!(parent.overlays, overlays);
     }
 }
