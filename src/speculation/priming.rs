@@ -124,6 +124,7 @@ impl Priming {
         let worker = Worker {
             shares,
             parents: HashMap::new(),
+            shared: HashMap::new(),
             known: Known::default(),
             plan: None,
             results: Results::new(),
@@ -153,6 +154,8 @@ struct Worker {
     shares: BTreeMap<WeakKey, Share>,
     /// The records, as far as they were loaded.
     parents: HashMap<WeakKey, Arc<Parent>>,
+    /// What others have shared, as long as nothing is recorded here.
+    shared: HashMap<WeakKey, Arc<Parent>>,
     known: Known,
     plan: Option<Plan>,
     results: Results,
@@ -223,7 +226,7 @@ impl Worker {
             }
             Message::Unrecorded(identity) => {
                 if let Some(parent) = share::obtain(&self.workshop, &identity).await {
-                    self.parents.insert(identity.weak_key(), parent);
+                    self.shared.insert(identity.weak_key(), parent);
                 }
             }
             Message::Opened(opened) => {
@@ -336,7 +339,10 @@ impl Worker {
                 Ok(Some(parent)) => {
                     self.parents.insert(key, Arc::new(parent));
                 }
-                Ok(None) => {}
+                Ok(None) => {
+                    let shared = self.shared.get(&key).cloned();
+                    self.parents.extend(shared.map(|parent| (key, parent)));
+                }
                 Err(error) => {
                     tracing::warn!(%error, "records cannot be read; nothing is primed");
                 }
