@@ -92,6 +92,8 @@ pub struct Config {
     pub state_dir: PathBuf,
     /// What is recorded and used.
     pub mode: Mode,
+    /// Whether records are shared through the backend.
+    pub share: bool,
     /// How many speculative actions run at once.
     pub max_speculative: NonZero<usize>,
     /// How long things may take on the way upstream.
@@ -247,6 +249,14 @@ impl Config {
         let no_effect = |flag, reason, hint| ConfigError::NoEffect { flag, reason, hint };
         if self.admin.is_tls() {
             return Err(ConfigError::AdminTls(self.admin));
+        }
+        if self.share && self.mode == Mode::None {
+            let hint = "choose another mode";
+            return Err(no_effect(
+                "--share",
+                "--mode none leaves records alone",
+                hint,
+            ));
         }
         if self.tls.is_some() && !may_be_tls {
             let hint = "write --listen grpcs://HOST:PORT";

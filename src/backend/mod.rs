@@ -61,6 +61,14 @@ pub trait Backend: Send + Sync + 'static {
         action: Digest,
     ) -> Result<Option<ActionResult>, Status>;
 
+    /// Puts a result into the action cache.
+    async fn update_action_result(
+        &self,
+        instance: &str,
+        action: Digest,
+        result: ActionResult,
+    ) -> Result<(), Status>;
+
     /// Executes `action` at `priority` (REAPI: a larger number is less urgent).
     async fn execute(
         &self,

@@ -31,7 +31,7 @@ use crate::reapi::google::bytestream::{ReadRequest, WriteRequest};
 use crate::reapi::{
     ActionResult, BatchReadBlobsRequest, BatchUpdateBlobsRequest, ExecuteRequest, ExecutionPolicy,
     FindMissingBlobsRequest, GetActionResultRequest, GetCapabilitiesRequest, RequestMetadata,
-    ServerCapabilities, ToolDetails, batch_update_blobs_request,
+    ServerCapabilities, ToolDetails, UpdateActionResultRequest, batch_update_blobs_request,
 };
 
 /// The largest message primed accepts on its own calls. Batches are kept far smaller; an
@@ -306,6 +306,24 @@ impl Backend for Remote {
             Err(status) if status.code() == Code::NotFound => Ok(None),
             Err(status) => Err(status),
         }
+    }
+
+    async fn update_action_result(
+        &self,
+        instance: &str,
+        action: Digest,
+        result: ActionResult,
+    ) -> Result<(), Status> {
+        let message = UpdateActionResultRequest {
+            instance_name: instance.to_owned(),
+            action_digest: Some(action.to_proto()),
+            action_result: Some(result),
+            ..UpdateActionResultRequest::default()
+        };
+        ActionCacheClient::new(self.caller.clone())
+            .update_action_result(request(message, Some(action)))
+            .await?;
+        Ok(())
     }
 
     async fn execute(

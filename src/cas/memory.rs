@@ -93,6 +93,15 @@ impl Backend for Memory {
         Err(Status::unimplemented("it has no action cache"))
     }
 
+    async fn update_action_result(
+        &self,
+        _: &str,
+        _: Digest,
+        _: ActionResult,
+    ) -> Result<(), Status> {
+        Err(Status::unimplemented("it has no action cache"))
+    }
+
     async fn execute(&self, _: &str, _: Digest, _: i32) -> Result<Operations, Status> {
         Err(Status::unimplemented("it executes nothing"))
     }

@@ -1,8 +1,8 @@
-//! Asks a running primed for one of its admin pages.
+//! Asks a running primed for its admin pages.
 
 use bytes::Bytes;
-use http::{Request, StatusCode};
-use http_body_util::{BodyExt, Empty};
+use http::{Method, Request, StatusCode};
+use http_body_util::{BodyExt, Full};
 use hyper::client::conn::http1;
 use hyper_util::rt::TokioIo;
 
@@ -11,38 +11,77 @@ use crate::address::Address;
 use crate::backend::dial::Dialer;
 use crate::task;
 
+/// A connection to the admin socket of a primed.
+pub struct AdminClient {
+    admin: Address,
+    sender: http1::SendRequest<Full<Bytes>>,
+}
+
 /// The content of the page at `path`.
 pub async fn get(admin: &Address, path: &str) -> Result<Bytes, Failure> {
-    let dialer = Dialer::without_tls(admin.clone());
-    let stream = dialer.dial().await.map_err(|error| {
-        let message = format!(
-            "no primed answers at {admin}: {error}; start one with `primed serve`, or name its \
-             admin socket with --admin"
-        );
-        Failure::new(exit_codes::FAILURE, message)
-    })?;
-    let lost = |error: hyper::Error| {
-        let message = format!("primed at {admin} broke off the answer: {error}");
-        Failure::new(exit_codes::FAILURE, message)
-    };
-    let (mut sender, connection) = http1::handshake(TokioIo::new(stream)).await.map_err(lost)?;
-    task::spawn("admin client", connection);
-    let request = Request::get(path)
-        .header(http::header::HOST, "primed")
-        .body(Empty::<Bytes>::new())
-        .map_err(|error| Failure::new(exit_codes::FAILURE, error))?;
-    let response = sender.send_request(request).await.map_err(lost)?;
-    let status = response.status();
-    let page = response
-        .into_body()
-        .collect()
-        .await
-        .map_err(lost)?
-        .to_bytes();
-    if status == StatusCode::OK {
-        Ok(page)
-    } else {
-        let message = format!("primed at {admin} answered {status}");
+    let mut client = AdminClient::connect(admin).await?;
+    client.send(Method::GET, path, Bytes::new()).await
+}
+
+impl AdminClient {
+    /// Connects to the primed at `admin`.
+    ///
+    /// # Errors
+    /// When there is none.
+    pub async fn connect(admin: &Address) -> Result<Self, Failure> {
+        let dialer = Dialer::without_tls(admin.clone());
+        let stream = dialer.dial().await.map_err(|error| {
+            let message = format!(
+                "no primed answers at {admin}: {error}; start one with `primed serve`, or name its \
+                 admin socket with --admin"
+            );
+            Failure::new(exit_codes::FAILURE, message)
+        })?;
+        let connected = http1::handshake(TokioIo::new(stream)).await;
+        let (sender, connection) = connected.map_err(|error| lost(admin, &error))?;
+        task::spawn("admin client", connection);
+        Ok(AdminClient {
+            admin: admin.clone(),
+            sender,
+        })
+    }
+
+    /// What the page at `path` answers.
+    ///
+    /// # Errors
+    /// With its own words if it refuses.
+    pub async fn send(
+        &mut self,
+        method: Method,
+        path: &str,
+        body: Bytes,
+    ) -> Result<Bytes, Failure> {
+        let admin = &self.admin;
+        let request = Request::builder()
+            .method(method)
+            .uri(path)
+            .header(http::header::HOST, "primed")
+            .body(Full::from(body))
+            .map_err(|error| Failure::new(exit_codes::FAILURE, error))?;
+        let answered = async {
+            let response = self.sender.send_request(request).await?;
+            let status = response.status();
+            Ok((status, response.into_body().collect().await?.to_bytes()))
+        };
+        let (status, page) = answered.await.map_err(|error| lost(admin, &error))?;
+        if status == StatusCode::OK {
+            return Ok(page);
+        }
+        let said = String::from_utf8_lossy(&page).trim_end().to_owned();
+        let message = match said.is_empty() {
+            true => format!("primed at {admin} answered {status}"),
+            false => said,
+        };
         Err(Failure::new(exit_codes::FAILURE, message))
     }
+}
+
+fn lost(admin: &Address, error: &hyper::Error) -> Failure {
+    let message = format!("primed at {admin} broke off the answer: {error}");
+    Failure::new(exit_codes::FAILURE, message)
 }

@@ -2,6 +2,9 @@
 
 mod admin_client;
 pub mod exit_codes;
+mod export;
+mod import;
+mod records;
 mod serve;
 mod status;
 mod upstream_arguments;
@@ -33,6 +36,8 @@ enum Command {
     Serve(Box<serve::Arguments>),
     Status(status::Arguments),
     Wait(wait::Arguments),
+    Export(export::Arguments),
+    Import(import::Arguments),
 }
 
 #[derive(Debug, Args)]
@@ -124,6 +129,8 @@ pub fn main() -> ExitCode {
         Command::Serve(arguments) => serve::run(*arguments),
         Command::Status(arguments) => status::run(arguments),
         Command::Wait(arguments) => wait::run(arguments),
+        Command::Export(arguments) => export::run(arguments),
+        Command::Import(arguments) => import::run(arguments),
     });
     match done {
         Ok(()) => ExitCode::from(exit_codes::OK),
@@ -168,7 +175,7 @@ mod tests {
         let command = Cli::command();
         command.clone().debug_assert();
         for sub in command.get_subcommands() {
-            for argument in sub.get_arguments() {
+            for argument in sub.get_arguments().filter(|one| !one.is_positional()) {
                 let flag = argument.get_long().unwrap();
                 let variable = format!("PRIMED_{}", flag.replace('-', "_").to_uppercase());
                 assert_eq!(

@@ -69,7 +69,7 @@ pub struct Arguments {
     /// Where the records of earlier builds are kept [default: $XDG_STATE_HOME/primed].
     #[arg(long, env = "PRIMED_STATE_DIR", value_name = "DIR")]
     state_dir: Option<PathBuf>,
-    /// Where `primed status` and `primed wait` connect
+    /// Where other commands (`primed status`, say) connect
     /// [default: unix:$XDG_RUNTIME_DIR/primed/admin.sock].
     #[arg(long, env = "PRIMED_ADMIN", value_name = "ADDR")]
     admin: Option<Address>,
@@ -82,6 +82,10 @@ pub struct Arguments {
         value_name = "MODE"
     )]
     mode: Mode,
+    /// Share what is recorded through the backend, and use what others have shared where nothing
+    /// is recorded here.
+    #[arg(long, env = "PRIMED_SHARE", value_parser = clap::builder::FalseyValueParser::new())]
+    share: bool,
     /// How many speculative actions run at once [default: two for each core].
     #[arg(long, env = "PRIMED_MAX_SPECULATIVE", value_name = "N")]
     max_speculative: Option<NonZero<usize>>,
@@ -225,6 +229,7 @@ impl Arguments {
             admin,
             state_dir,
             mode: self.mode,
+            share: self.share,
             max_speculative: self.max_speculative.unwrap_or_else(default_max_speculative),
             patience: Patience {
                 connect: self.connect_wait,

@@ -1,33 +1,43 @@
-//! The admin socket: a page of JSON for `primed status`, and one that answers when all is quiet
-//! for `primed wait`. Plain HTTP/1.1, so that `curl --unix-socket` works too.
+//! The admin socket: a page of JSON for `primed status`, one that answers when all is quiet for
+//! `primed wait`, and the records for `primed export` and `primed import`. Plain HTTP/1.1, so that
+//! `curl --unix-socket` works too.
 
 use std::convert::Infallible;
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
 use http::header::CONTENT_TYPE;
 use http::{HeaderValue, Method, Request, Response, StatusCode};
-use http_body_util::Full;
-use hyper::body::Incoming;
+use http_body_util::{BodyExt, Full, Limited};
+use hyper::body::Incoming as Body;
 use hyper::server::conn::http1;
 use hyper::service::service_fn;
 use hyper_util::rt::{TokioIo, TokioTimer};
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 use tokio::sync::{mpsc, oneshot};
 
 use super::ACCEPT_PAUSE;
 use super::listen::Listener;
 use crate::address::Address;
 use crate::backend::health::{UpstreamHealth, UpstreamState};
+use crate::speculation::archive::{
+    self, ArchiveError, Import, Incoming, Listed, Reply, Request as RecordsRequest,
+};
 use crate::speculation::engine::{Request as EngineRequest, Status};
 use crate::speculation::flights::Flights;
+use crate::speculation::interchange::MAX_MESSAGE;
+use crate::speculation::parent::WeakKey;
 use crate::task;
 
 /// Where the state of things is.
 pub const STATUS_PATH: &str = "/status";
 /// Where one waits for quiet.
 pub const WAIT_PATH: &str = "/wait";
+/// The recorded parents; with a slash and a weak key after it, one of them. A message is added by
+/// POST, and takes the place of other records by PUT.
+pub const RECORDS_PATH: &str = "/records";
 
 /// How long the engine may take to describe itself.
 const STATUS_TIMEOUT: Duration = Duration::from_secs(5);
@@ -43,6 +53,17 @@ pub struct Admin {
     pub flights: Arc<Flights>,
     /// The engine, unless the mode is `none`.
     pub engine: Option<mpsc::Sender<EngineRequest>>,
+    /// Where records are kept.
+    pub state_dir: PathBuf,
+}
+
+/// The recorded parents of a running primed.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct RecordsList {
+    /// Where they are kept; absent if the mode is `none`, in which records are left alone.
+    pub state_dir: Option<PathBuf>,
+    /// By label.
+    pub parents: Vec<Listed>,
 }
 
 /// The object that `primed status --json` prints.
@@ -84,7 +105,7 @@ pub async fn serve(listener: Listener, admin: Admin) {
                 let admin = admin.clone();
                 let pages = service_fn(move |request| {
                     let admin = admin.clone();
-                    async move { Ok::<_, Infallible>(admin.page(&request).await) }
+                    async move { Ok::<_, Infallible>(admin.page(request).await) }
                 });
                 task::spawn("admin connection", async move {
                     let stream = match accepted.into_stream().await {
@@ -109,23 +130,85 @@ pub async fn serve(listener: Listener, admin: Admin) {
 }
 
 impl Admin {
-    async fn page(&self, request: &Request<Incoming>) -> Response<Full<Bytes>> {
-        match (request.method(), request.uri().path()) {
-            (&Method::GET, STATUS_PATH) => match serde_json::to_vec(&self.status().await) {
-                Ok(json) => {
-                    let mut response = Response::new(Full::from(json));
-                    let json = HeaderValue::from_static("application/json");
-                    response.headers_mut().insert(CONTENT_TYPE, json);
-                    response
-                }
-                Err(error) => text(StatusCode::INTERNAL_SERVER_ERROR, &error.to_string()),
-            },
+    async fn page(&self, request: Request<Body>) -> Response<Full<Bytes>> {
+        let path = request.uri().path();
+        if let Some(rest) = path.strip_prefix(RECORDS_PATH) {
+            let key = match rest.strip_prefix('/').map(str::parse) {
+                None if rest.is_empty() => None,
+                Some(Ok(key)) => Some(key),
+                _ => return text(StatusCode::NOT_FOUND, "there is /records[/WEAK_KEY]\n"),
+            };
+            let page = self.records(key, request).await;
+            return page.unwrap_or_else(|(status, reason)| text(status, &reason));
+        }
+        match (request.method(), path) {
+            (&Method::GET, STATUS_PATH) => json(&self.status().await),
             (&Method::GET, WAIT_PATH) => {
                 self.wait().await;
                 text(StatusCode::OK, "quiet\n")
             }
-            _ => text(StatusCode::NOT_FOUND, "there are /status and /wait\n"),
+            _ => text(
+                StatusCode::NOT_FOUND,
+                "there are /status, /wait and /records\n",
+            ),
         }
+    }
+
+    async fn records(
+        &self,
+        key: Option<WeakKey>,
+        request: Request<Body>,
+    ) -> Result<Response<Full<Bytes>>, Refusal> {
+        let method = request.method().clone();
+        match (&method, key) {
+            (&Method::GET, None) if self.engine.is_none() => Ok(json(&RecordsList {
+                state_dir: None,
+                parents: Vec::new(),
+            })),
+            (&Method::GET, None) => Ok(json(&RecordsList {
+                state_dir: Some(self.state_dir.clone()),
+                parents: self.ask_records(RecordsRequest::List).await?,
+            })),
+            (&Method::GET, Some(key)) => {
+                let export = |reply| RecordsRequest::Export(key, reply);
+                Ok(Response::new(Full::from(self.ask_records(export).await?)))
+            }
+            (&Method::POST | &Method::PUT, key) => {
+                let body = Limited::new(request.into_body(), MAX_MESSAGE).collect();
+                let body = body.await.map_err(|error| {
+                    let reason = format!("the message cannot be read: {error}");
+                    (StatusCode::BAD_REQUEST, reason)
+                })?;
+                let incoming = Incoming {
+                    key,
+                    message: body.to_bytes(),
+                    replace: method == Method::PUT,
+                };
+                let import =
+                    |reply| RecordsRequest::Import(Box::new(Import::Message(incoming, reply)));
+                Ok(json(&self.ask_records(import).await?))
+            }
+            _ => {
+                let reason = "records are read by GET, and added by POST or PUT\n";
+                Err((StatusCode::METHOD_NOT_ALLOWED, reason.to_owned()))
+            }
+        }
+    }
+
+    async fn ask_records<T>(
+        &self,
+        request: impl FnOnce(Reply<T>) -> archive::Request,
+    ) -> Result<T, Refusal> {
+        let unavailable = || {
+            let reason = "primed keeps no records (--mode none), or has too much to do";
+            (StatusCode::SERVICE_UNAVAILABLE, reason.to_owned())
+        };
+        let engine = self.engine.as_ref().ok_or_else(unavailable)?;
+        let (reply, answer) = oneshot::channel();
+        let request = EngineRequest::Records(request(reply));
+        engine.send(request).await.map_err(|_| unavailable())?;
+        let answer = answer.await.map_err(|_| unavailable())?;
+        answer.map_err(|error| (status_of(&error), error.to_string()))
     }
 
     async fn status(&self) -> StatusPage {
@@ -174,6 +257,33 @@ async fn ask_status(engine: &mpsc::Sender<EngineRequest>) -> Option<Status> {
         status.await.ok()
     };
     tokio::time::timeout(STATUS_TIMEOUT, ask).await.ok()?
+}
+
+/// Why a page is not given.
+type Refusal = (StatusCode, String);
+
+fn status_of(error: &ArchiveError) -> StatusCode {
+    match error {
+        ArchiveError::Unknown(_) => StatusCode::NOT_FOUND,
+        ArchiveError::Recorded { .. } => StatusCode::CONFLICT,
+        ArchiveError::Malformed(_) | ArchiveError::Nameless | ArchiveError::OfAnother(_) => {
+            StatusCode::BAD_REQUEST
+        }
+        ArchiveError::Backend(_) => StatusCode::BAD_GATEWAY,
+        ArchiveError::Store(_) | ArchiveError::Panicked => StatusCode::INTERNAL_SERVER_ERROR,
+    }
+}
+
+fn json(page: &impl Serialize) -> Response<Full<Bytes>> {
+    match serde_json::to_vec(page) {
+        Ok(json) => {
+            let mut response = Response::new(Full::from(json));
+            let json = HeaderValue::from_static("application/json");
+            response.headers_mut().insert(CONTENT_TYPE, json);
+            response
+        }
+        Err(error) => text(StatusCode::INTERNAL_SERVER_ERROR, &error.to_string()),
+    }
 }
 
 fn text(status: StatusCode, text: &str) -> Response<Full<Bytes>> {

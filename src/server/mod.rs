@@ -36,7 +36,7 @@ use listen::{ListenError, Listener};
 use passed::PassedSockets;
 use shards::Shards;
 
-pub use admin::{STATUS_PATH, StatusPage, WAIT_PATH};
+pub use admin::{RECORDS_PATH, RecordsList, STATUS_PATH, StatusPage, WAIT_PATH};
 
 /// How long calls in progress may take to end after a request to stop.
 const DRAIN: Duration = Duration::from_secs(20);
@@ -121,6 +121,7 @@ pub async fn run(config: Config, shutdown: impl Future<Output = ()>) -> Result<(
         health: routes.health().clone(),
         flights,
         engine: engine.as_ref().map(|engine| engine.requests.clone()),
+        state_dir: config.state_dir.clone(),
     };
     let admin_page = tasks.track_future(admin::serve(admin_listener, admin));
     accepting.push(task::spawn("admin listener", admin_page));
@@ -238,6 +239,7 @@ impl EngineThread {
                         backend: Arc::new(Remote::new(upstream)),
                         flights,
                         store: Arc::new(Store::open(&config.state_dir)),
+                        share: config.share,
                     });
                     // Nobody waits for it only if the server is gone.
                     let _ = started.send((handle, requests));

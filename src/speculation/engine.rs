@@ -12,6 +12,7 @@ use std::time::{Duration, Instant};
 use tokio::sync::{Notify, Semaphore, mpsc, oneshot};
 
 use super::activity::{Activities, Activity};
+use super::archive;
 use super::attribution::{Attributor, Found, FoundParent};
 pub use super::builds::BuildStatus;
 use super::builds::{Asked, Build};
@@ -20,11 +21,12 @@ use super::flights::{FlightKey, Flights};
 use super::known::CurrentParent;
 use super::nested::{Answered, Nested, OpenParent};
 use super::observation::{Call, CallOrigin, Observation};
-use super::parent::{ExecutedParent, ParentKind, WeakKey};
+use super::parent::{ExecutedParent, ParentIdentity, ParentKind, WeakKey};
 use super::priming::{Family, Group, Message, Opened, Priming};
 use super::record::{Subaction, execution_time};
 use super::recorder::{self, Ended, Recorded};
 use super::schedule::Outputs;
+use super::share::Sharing;
 use super::store::{KnownParent, RecordCounts, Store};
 use super::subactions::{self, Subactions};
 use super::workshop::{Primed, Workshop};
@@ -63,6 +65,8 @@ pub enum Request {
     Wait(oneshot::Sender<()>),
     /// Ends all builds; answered when they are recorded.
     Finish(oneshot::Sender<()>),
+    /// About the records themselves.
+    Records(archive::Request),
 }
 
 /// The state of the engine.
@@ -86,6 +90,8 @@ pub struct EngineParts {
     pub flights: Arc<Flights>,
     /// The records.
     pub store: Arc<Store>,
+    /// Whether they are shared with others.
+    pub share: bool,
 }
 
 /// The receiving end of an `Engine`, to be run by one task.
@@ -122,6 +128,7 @@ pub fn engine(parts: EngineParts) -> (Engine, mpsc::Sender<Request>, Runner) {
         directories: DirectoryCache::default(),
         index: Arc::new(FileIndex::with(files)),
         store: parts.store.clone(),
+        sharing: parts.share.then(|| Arc::new(Sharing::new(&recorder))),
         activities: Activities::default(),
         unadaptable: Arc::default(),
         primed,
@@ -292,8 +299,10 @@ impl State {
                 if self.has_action_parents(&key.instance) {
                     self.nested.ask(&origin, &key, false);
                 }
-                let parent = self.build_of(&origin).caller.parent(&key.instance);
+                let build = self.build_of(&origin);
+                let (number, parent) = (build.number, build.caller.parent(&key.instance));
                 let own = Group::Invocation(parent.weak_key());
+                self.look_for_shared(parent, number);
                 let open = self.nested.open().map(|(_, open)| &open.group);
                 let (asked, reply) = (Instant::now(), Arc::new(reply));
                 for group in open.chain([&own]) {
@@ -346,6 +355,20 @@ impl State {
                 .entry(Group::Invocation(known.key))
                 .or_insert_with_key(|group| Priming::start(group, workshop.clone()))
                 .tell(Message::Begin(number));
+        }
+    }
+
+    /// Has a build of which nothing is recorded here primed by what others have shared.
+    fn look_for_shared(&mut self, parent: ParentIdentity, build: u64) {
+        let key = parent.weak_key();
+        if self.workshop.sharing.is_none() || self.parents.contains_key(&key) {
+            return;
+        }
+        if let Entry::Vacant(new) = self.primings.entry(Group::Invocation(key)) {
+            let priming = Priming::start(new.key(), self.workshop.clone());
+            priming.tell(Message::Unrecorded(Box::new(parent)));
+            priming.tell(Message::Begin(build));
+            new.insert(priming);
         }
     }
 
@@ -737,6 +760,9 @@ impl State {
                 };
                 // Whoever asked may have gone.
                 let _ = reply.send(status);
+            }
+            Request::Records(request) => {
+                archive::dispatch(request, &self.workshop, &self.recorder);
             }
             Request::Wait(reply) => {
                 self.close_exited();

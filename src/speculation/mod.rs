@@ -6,6 +6,7 @@
 //! The proxy holds an [`Engine`] and asks it one question: is this digest in flight?
 
 mod activity;
+pub mod archive;
 mod attribution;
 mod builds;
 mod callers;
@@ -14,18 +15,20 @@ pub mod engine;
 pub mod flights;
 mod generate;
 mod instantiate;
+pub mod interchange;
 mod known;
 mod lane;
 mod mounts;
 mod nested;
 pub mod observation;
-mod parent;
+pub mod parent;
 mod prepare;
 mod priming;
 mod record;
 mod recorder;
 mod resolve;
 mod schedule;
+mod share;
 pub mod store;
 pub mod subactions;
 mod texts;

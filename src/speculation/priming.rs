@@ -20,10 +20,11 @@ use tokio_util::task::AbortOnDropHandle;
 use super::activity::{Activities, Activity};
 use super::flights::{FlightKey, Landing, Outcome, ending};
 use super::known::{CurrentParent, Known};
-use super::parent::{ActionParent, Parent, ParentKind, WeakKey};
+use super::parent::{ActionParent, Parent, ParentIdentity, ParentKind, WeakKey};
 use super::prepare::{self, Job, Queue};
 use super::record::output_files;
 use super::schedule::{Outputs, Plan, PlannedParent, Ready, Results, Share, Subject};
+use super::share;
 use super::store::KnownParent;
 use super::workshop::{Primed, Workshop};
 use crate::cas::Digest;
@@ -62,6 +63,9 @@ pub enum Message {
     /// A build of an invocation has begun, or an earlier one found something else than expected:
     /// look at the workspace. The number names the build that speculative work is done for.
     Begin(u64),
+    /// A parent of which nothing is recorded here is asked for: others may have shared it. Comes
+    /// before whatever begins its priming.
+    Unrecorded(Box<ParentIdentity>),
     /// An action parent has been asked for.
     Opened(Opened),
     /// An action parent has ended with this output.
@@ -177,6 +181,7 @@ impl Priming {
         let worker = Worker {
             shares,
             parents: HashMap::new(),
+            shared: HashMap::new(),
             known: Known::default(),
             plan: None,
             results: Results::new(),
@@ -206,6 +211,8 @@ struct Worker {
     shares: BTreeMap<WeakKey, Share>,
     /// The records, as far as they were loaded.
     parents: HashMap<WeakKey, Arc<Parent>>,
+    /// What others have shared, as long as nothing is recorded here.
+    shared: HashMap<WeakKey, Arc<Parent>>,
     known: Known,
     plan: Option<Plan>,
     results: Results,
@@ -273,6 +280,11 @@ impl Worker {
                     self.builds.insert(*key, build);
                 }
                 self.look_at_workspace().await;
+            }
+            Message::Unrecorded(identity) => {
+                if let Some(parent) = share::obtain(&self.workshop, &identity).await {
+                    self.shared.insert(identity.weak_key(), parent);
+                }
             }
             Message::Opened(opened) => {
                 self.open(opened);
@@ -384,7 +396,10 @@ impl Worker {
                 Ok(Some(parent)) => {
                     self.parents.insert(key, Arc::new(parent));
                 }
-                Ok(None) => {}
+                Ok(None) => {
+                    let shared = self.shared.get(&key).cloned();
+                    self.parents.extend(shared.map(|parent| (key, parent)));
+                }
                 Err(error) => {
                     tracing::warn!(%error, "records cannot be read; nothing is primed");
                 }

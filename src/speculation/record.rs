@@ -313,7 +313,7 @@ fn files_of_tree(tree: &Tree, outputs: &mut Outputs) {
 }
 
 /// `path` in `directory` without `.` and `..`; `None` if it leads out of the input root.
-fn normalized(directory: &str, path: &str) -> Option<String> {
+pub(super) fn normalized(directory: &str, path: &str) -> Option<String> {
     let mut parts: Vec<&str> = Vec::new();
     for part in directory.split('/').chain(path.split('/')) {
         match part {

@@ -7,12 +7,14 @@ use std::sync::Arc;
 use tokio::sync::{mpsc, oneshot};
 
 use super::activity::Activity;
+use super::archive::{Import, adopt_waiting};
 use super::callers::Caller;
 use super::carry_over::carry_over;
 use super::flights::FlightKey;
 use super::generate::{ReadFiles, Sources, generate};
 use super::parent::{ExecutedParent, Parent, ParentIdentity, ParentKind, WeakKey};
 use super::record::{Subaction, record};
+use super::share;
 use super::workshop::Workshop;
 use crate::cas::Digest;
 use crate::cas::directories::Trees;
@@ -23,6 +25,8 @@ use crate::task;
 pub enum Message {
     /// A build has ended.
     Ended(Box<Ended>),
+    /// Records that were made elsewhere.
+    Import(Box<Import>),
     /// Answered when all that came before it is recorded.
     Flush(oneshot::Sender<()>),
 }
@@ -60,6 +64,13 @@ pub async fn run(
     while let Some(message) = messages.recv().await {
         let build = match message {
             Message::Ended(build) => build,
+            Message::Import(import) => {
+                if let Some(message) = import.run(&workshop).await {
+                    // An engine that is gone needs to know nothing.
+                    let _ = recorded.send(message).await;
+                }
+                continue;
+            }
             Message::Flush(reply) => {
                 // Whoever asked may have gone.
                 let _ = reply.send(());
@@ -88,12 +99,13 @@ pub async fn run(
                 Ok((parent, dropped)) => {
                     let activity = build.activity.clone();
                     let message = Recorded {
-                        parent,
+                        parent: parent.clone(),
                         dropped,
                         activity,
                     };
                     // An engine that is gone needs to know nothing.
                     let _ = recorded.send(message).await;
+                    share::publish(&workshop, &parent).await;
                 }
                 Err(reason) => tracing::warn!(parent = label, %reason, "a build was not recorded"),
             }
@@ -148,6 +160,7 @@ impl Recording<'_> {
                 "some actions were not recorded: they are not in the CAS, or must not be repeated"
             );
         }
+        adopt_waiting(workshop, &mut parent).await;
         let instance = parent.identity.instance.clone();
         let roots: Vec<_> = parent
             .actions

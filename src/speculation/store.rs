@@ -35,6 +35,8 @@ use crate::workspace::index::FileSignature;
 const PARENTS: TableDefinition<'_, &[u8], &[u8]> = TableDefinition::new("parents-v1");
 /// Under the weak key and the action's digest: `BaseAction`.
 const ACTIONS: TableDefinition<'_, &[u8], &[u8]> = TableDefinition::new("actions-v1");
+/// Under the weak key: a message as it was imported, until the parent's records change.
+const IMPORTS: TableDefinition<'_, &[u8], &[u8]> = TableDefinition::new("imports-v1");
 /// Under the path: `FileState`.
 const FILES: TableDefinition<'_, &[u8], &[u8]> = TableDefinition::new("files-v1");
 
@@ -126,6 +128,23 @@ impl Store {
         Store::new(database, Box::new(create_in_memory))
     }
 
+    /// Opens the store in `directory` for a command: with it, or not at all. `None` if there is
+    /// none and none is to be created. Blocks.
+    ///
+    /// # Errors
+    /// `OpenError`. A broken store is left where it is.
+    pub fn open_for_command(directory: &Path, may_create: bool) -> Result<Option<Self>, OpenError> {
+        let path = directory.join(FILE_NAME);
+        if !path.exists() {
+            if !may_create {
+                return Ok(None);
+            }
+            make_directory(directory)?;
+        }
+        let database = create(&path)?;
+        Ok(Some(Store::new(database, Box::new(move || create(&path)))))
+    }
+
     fn new(database: Database, reopen: Reopen) -> Self {
         Store {
             database: RwLock::new(Some(database)),
@@ -181,6 +200,69 @@ impl Store {
         })
     }
 
+    /// How many base actions are recorded of one parent.
+    ///
+    /// # Errors
+    /// When the store cannot be read.
+    pub fn actions_of(&self, key: WeakKey) -> Result<usize, StoreError> {
+        self.with(|database| {
+            let read = database.begin_read()?;
+            let Ok(actions) = read.open_table(ACTIONS) else {
+                return Ok(0);
+            };
+            let (first, last) = range_of(key);
+            Ok(actions.range(first.as_slice()..=last.as_slice())?.count())
+        })
+    }
+
+    /// The message that was imported under `key`, if the parent's records are not newer.
+    ///
+    /// # Errors
+    /// When the store cannot be read.
+    pub fn import(&self, key: WeakKey) -> Result<Option<Bytes>, StoreError> {
+        self.with(|database| {
+            let read = database.begin_read()?;
+            let Ok(imports) = read.open_table(IMPORTS) else {
+                return Ok(None);
+            };
+            let message = imports.get(key.0.as_slice())?;
+            Ok(message.map(|message| Bytes::copy_from_slice(message.value())))
+        })
+    }
+
+    /// The weak keys of all such messages.
+    ///
+    /// # Errors
+    /// When the store cannot be read.
+    pub fn imports(&self) -> Result<Vec<WeakKey>, StoreError> {
+        self.with(|database| {
+            let read = database.begin_read()?;
+            let Ok(imports) = read.open_table(IMPORTS) else {
+                return Ok(Vec::new());
+            };
+            let mut keys = Vec::new();
+            for entry in imports.iter()? {
+                keys.extend(<[u8; 32]>::try_from(entry?.0.value()).map(WeakKey));
+            }
+            Ok(keys)
+        })
+    }
+
+    /// Keeps a message that was imported under `key`.
+    ///
+    /// # Errors
+    /// When the store cannot be written; it is then as it was.
+    pub fn keep_import(&self, key: WeakKey, message: &[u8]) -> Result<(), StoreError> {
+        self.with(|database| {
+            let write = database.begin_write()?;
+            {
+                let mut imports = write.open_table(IMPORTS)?;
+                imports.insert(key.0.as_slice(), message)?;
+            }
+            Ok(write.commit()?)
+        })
+    }
+
     /// How many records there are.
     ///
     /// # Errors
@@ -216,18 +298,8 @@ impl Store {
             let Ok(stored) = proto::Parent::decode(value.value()) else {
                 return Ok(None);
             };
-            let Some(identity) = identity(&stored) else {
+            let Some(mut parent) = parent_of(&stored) else {
                 return Ok(None);
-            };
-            let action = stored.action.as_ref();
-            let mut parent = Parent {
-                identity,
-                actions: Default::default(),
-                overlays: overlays(&stored.overlays),
-                executed: action
-                    .and_then(|action| execution(action.executed.as_ref()?))
-                    .map(Arc::new),
-                last_seen_unix_ms: stored.last_seen_unix_ms,
             };
             let (first, last) = range_of(key);
             for entry in actions.range(first.as_slice()..=last.as_slice())? {
@@ -252,6 +324,23 @@ impl Store {
     /// # Errors
     /// When the store cannot be written; it is then as it was.
     pub fn save(&self, parent: &Parent, files: &[KnownFile]) -> Result<Vec<WeakKey>, StoreError> {
+        self.replace(parent, files, None)
+    }
+
+    /// The same for records that were imported as `message`, which is kept with them.
+    ///
+    /// # Errors
+    /// When the store cannot be written; it is then as it was.
+    pub fn save_import(&self, parent: &Parent, message: &[u8]) -> Result<Vec<WeakKey>, StoreError> {
+        self.replace(parent, &[], Some(message))
+    }
+
+    fn replace(
+        &self,
+        parent: &Parent,
+        files: &[KnownFile],
+        import: Option<&[u8]>,
+    ) -> Result<Vec<WeakKey>, StoreError> {
         self.with(|database| {
             let key = parent.identity.weak_key();
             let write = database.begin_write()?;
@@ -260,6 +349,11 @@ impl Store {
                 let mut parents = write.open_table(PARENTS)?;
                 let mut actions = write.open_table(ACTIONS)?;
                 let mut states = write.open_table(FILES)?;
+                let mut imports = write.open_table(IMPORTS)?;
+                match import {
+                    Some(message) => imports.insert(key.0.as_slice(), message)?,
+                    None => imports.remove(key.0.as_slice())?,
+                };
                 let (first, last) = range_of(key);
                 actions.retain_in(first.as_slice()..=last.as_slice(), |_, _| false)?;
                 for base in parent.actions.values() {
@@ -293,6 +387,7 @@ impl Store {
                         let (first, last) = range_of(oldest);
                         actions.retain_in(first.as_slice()..=last.as_slice(), |_, _| false)?;
                         parents.remove(oldest.0.as_slice())?;
+                        imports.remove(oldest.0.as_slice())?;
                         dropped.push(oldest);
                     }
                 }
@@ -337,23 +432,39 @@ impl Store {
 
 /// Why there is no store on disk.
 #[derive(Debug, thiserror::Error)]
-enum OpenError {
+pub enum OpenError {
+    /// It is locked.
     #[error("another primed uses it; give each its own --state-dir")]
     InUse,
+    /// Its file or directory cannot be used.
     #[error("{0}; check that it exists and can be written")]
     Io(#[from] io::Error),
+    /// What is in the file cannot be.
     #[error("{0}")]
     Database(Box<DatabaseError>),
 }
 
-fn open_file(directory: &Path) -> Result<Database, OpenError> {
+impl From<DatabaseError> for OpenError {
+    fn from(error: DatabaseError) -> Self {
+        match error {
+            DatabaseError::DatabaseAlreadyOpen => OpenError::InUse,
+            DatabaseError::Storage(StorageError::Io(error)) => OpenError::Io(error),
+            other => OpenError::Database(Box::new(other)),
+        }
+    }
+}
+
+fn make_directory(directory: &Path) -> io::Result<()> {
     DirBuilder::new()
         .recursive(true)
         .mode(0o700)
-        .create(directory)?;
+        .create(directory)
+}
+
+fn open_file(directory: &Path) -> Result<Database, OpenError> {
+    make_directory(directory)?;
     let path = directory.join(FILE_NAME);
     match create(&path) {
-        Err(DatabaseError::DatabaseAlreadyOpen) => Err(OpenError::InUse),
         // Garbage, or cut short, or of a version that this one does not read.
         Err(reason) if path.exists() && is_broken(&reason) => {
             let aside = (1..)
@@ -365,11 +476,9 @@ fn open_file(directory: &Path) -> Result<Database, OpenError> {
                 kept_as = %aside.display(), %reason,
                 "the record store is broken; it was put aside and a new one begun"
             );
-            create(&path).map_err(|error| OpenError::Database(Box::new(error)))
+            Ok(create(&path)?)
         }
-        Err(DatabaseError::Storage(StorageError::Io(error))) => Err(OpenError::Io(error)),
-        Err(other) => Err(OpenError::Database(Box::new(other))),
-        Ok(database) => Ok(database),
+        opened => Ok(opened?),
     }
 }
 
@@ -438,7 +547,7 @@ fn digest_of(stored: Option<&proto::Digest>) -> Option<Digest> {
     Some(Digest::from_parts(hash, stored.size))
 }
 
-fn stored_parent(parent: &Parent) -> proto::Parent {
+pub(super) fn stored_parent(parent: &Parent) -> proto::Parent {
     let identity = &parent.identity;
     let mut stored = proto::Parent {
         instance_name: identity.instance.to_string(),
@@ -485,6 +594,18 @@ fn identity(stored: &proto::Parent) -> Option<ParentIdentity> {
         instance: stored.instance_name.as_str().into(),
         uid: stored.uid,
         kind,
+    })
+}
+
+/// Without its actions. `None` if it is malformed.
+pub(super) fn parent_of(stored: &proto::Parent) -> Option<Parent> {
+    let action = stored.action.as_ref();
+    let executed = action.and_then(|action| execution(action.executed.as_ref()?));
+    Some(Parent {
+        overlays: overlays(&stored.overlays),
+        executed: executed.map(Arc::new),
+        last_seen_unix_ms: stored.last_seen_unix_ms,
+        ..Parent::new(identity(stored)?)
     })
 }
 
@@ -586,7 +707,7 @@ fn overlay_origin(overlay: &Overlay) -> Option<(Digest, Origin)> {
     Some((target, origin))
 }
 
-fn stored_action(base: &BaseAction) -> proto::BaseAction {
+pub(super) fn stored_action(base: &BaseAction) -> proto::BaseAction {
     let root = base.file_system_root.as_path();
     proto::BaseAction {
         action: base.encoded.clone(),
@@ -601,7 +722,7 @@ fn stored_action(base: &BaseAction) -> proto::BaseAction {
     }
 }
 
-fn base_action(stored: proto::BaseAction) -> Option<(SubactionKey, BaseAction)> {
+pub(super) fn base_action(stored: proto::BaseAction) -> Option<(SubactionKey, BaseAction)> {
     let parts = action_parts(&stored.action).ok()?;
     let outputs = outputs(&stored.outputs)?;
     let mount = stored.mount.as_deref().map(path_of);

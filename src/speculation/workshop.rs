@@ -8,6 +8,7 @@ use tokio::sync::mpsc;
 use super::activity::Activities;
 use super::flights::Flights;
 use super::parent::WeakKey;
+use super::share::Sharing;
 use super::store::Store;
 use crate::backend::Backend;
 use crate::cas::directories::DirectoryCache;
@@ -29,6 +30,8 @@ pub struct Workshop {
     pub index: Arc<FileIndex>,
     /// The records.
     pub store: Arc<Store>,
+    /// Whether records are shared, and with whom.
+    pub sharing: Option<Arc<Sharing>>,
     /// What is under way.
     pub activities: Activities,
     /// Base actions that could not be adapted, ever.

@@ -85,6 +85,37 @@ fn arguments_that_are_missing_or_unknown_are_usage_errors_that_name_them() {
 }
 
 #[test]
+fn to_export_or_share_nothing_is_a_usage_error_with_a_hint() {
+    for arguments in [
+        &["export"][..],
+        &["export", "abcd"],
+        &["export", "--all"],
+        &["export", "--list", "abcd"],
+    ] {
+        let output = primed(&[], arguments);
+        assert_fails(&output, 64, &["--list", "--all", "WEAK_KEY"]);
+    }
+    assert_fails(&primed(&[], &["import"]), 64, &["PATH"]);
+    let output = primed(&[], &["import", "--as", "abcd", "file"]);
+    assert_fails(&output, 64, &["--as", "abcd", "64 hexadecimal digits"]);
+    let scratch = scratch();
+    let output = primed(
+        &[("XDG_RUNTIME_DIR", scratch.path().to_str().unwrap())],
+        &[
+            "serve",
+            "--upstream",
+            NOBODY,
+            "--share",
+            "--mode",
+            "none",
+            "--state-dir",
+            "/nonexistent",
+        ],
+    );
+    assert_fails(&output, 64, &["--share", "--mode none"]);
+}
+
+#[test]
 fn help_and_version_are_no_errors() {
     for arguments in [&["--help"][..], &["--version"], &["serve", "--help"]] {
         let output = primed(&[], arguments);

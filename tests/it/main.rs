@@ -20,6 +20,7 @@ mod project;
 mod protocol;
 mod proxy;
 mod rebuild;
+mod records;
 mod relay;
 mod restart;
 mod stage;

@@ -156,6 +156,20 @@ fn link_of(build: &Build) -> Action {
 const CAP: [&str; 2] = ["--max-speculative", "8"];
 
 #[tokio::test]
+async fn a_backend_that_takes_no_updates_costs_one_warning_and_nothing_else() {
+    let stage = Stage::built(&["--share"]).await;
+    stage.write("include/common.h", "changed");
+    let ways = stage.build().await;
+    assert!(ways.iter().all(|way| *way != Way::Executed), "{ways:?}");
+    let log = stage.primed.daemon.log();
+    let warnings: Vec<_> = log.lines().filter(|line| line.contains(" WARN ")).collect();
+    assert_eq!(warnings.len(), 1, "{warnings:#?}");
+    for word in ["not shared", "action-cache updates", "credentials"] {
+        assert!(warnings[0].contains(word), "{warnings:#?}");
+    }
+}
+
+#[tokio::test]
 async fn all_that_changed_is_primed_at_low_priority_and_under_primeds_name() {
     let stage = Stage::built(&CAP).await;
     assert!(stage.backend.world.speculative().is_empty());
