@@ -77,6 +77,7 @@ impl Stage {
             backend: Arc::new(Remote::new(WayUpstream::new(routes.clone()))),
             flights: Flights::new(1),
             store: Arc::new(Store::in_memory()),
+            share: false,
         });
         task::spawn("engine", async move {
             match engine_is {
