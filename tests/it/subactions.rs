@@ -120,9 +120,14 @@ impl Stage {
     ) -> (ResponseFuture, SendResponse<Bytes>) {
         let (response, mut request) = begin(&self.client, method, HeaderMap::new()).await;
         request.send_data(request_about(method, key), true).unwrap();
-        let (request, respond) = self.upstream.call().await;
-        assert_eq!(request.uri().path(), method);
-        (response, respond)
+        loop {
+            let (request, mut respond) = self.upstream.call().await;
+            if request.uri().path() == method {
+                return (response, respond);
+            }
+            // The engine's own, who wants to know what action that is.
+            respond.send_reset(h2::Reason::CANCEL);
+        }
     }
 
     /// What the client is told if the upstream answers a call about `key` with `data`, split at
