@@ -13,7 +13,7 @@ use crate::grpc;
 use crate::reapi::ExecuteRequest;
 use crate::speculation::Engine;
 use crate::speculation::flights::{Ending, Stage};
-use crate::speculation::observation::{Answer, Call as Observed};
+use crate::speculation::observation::{Answer, Call as Observed, Observation};
 
 pub const METHOD: &str = "/build.bazel.remote.execution.v2.Execution/Execute";
 
@@ -41,6 +41,10 @@ pub async fn call(proxy: Arc<Proxy>, engine: Engine, call: Call, mut reply: Repl
 /// Forwards the client's own call, observed.
 async fn own_call(proxy: Arc<Proxy>, engine: Engine, call: Call, observed: Observed, reply: Reply) {
     let guard = engine.flights().client_executes(observed.key.clone());
+    engine.observe(Observation::Executing {
+        origin: observed.origin.clone(),
+        key: observed.key.clone(),
+    });
     let tap = Tap::new(engine, Method::Execution, observed).holding(guard);
     proxy.forward(call, reply, Some(tap)).await;
 }

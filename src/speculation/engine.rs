@@ -267,6 +267,13 @@ impl State {
                     });
                 }
             }
+            Observation::Executing { origin, key } => {
+                let parent = self.build_of(&origin).caller.parent(&key.instance);
+                let group = Group::Invocation(parent.weak_key());
+                if let Some(priming) = self.primings.get(&group) {
+                    priming.tell(Message::Executing { key });
+                }
+            }
             Observation::Disconnected(peer) => {
                 self.callers.forget_connection(peer);
             }

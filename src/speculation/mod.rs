@@ -8,6 +8,7 @@
 mod activity;
 mod builds;
 mod callers;
+mod edits;
 pub mod engine;
 pub mod flights;
 mod generate;
@@ -79,9 +80,10 @@ impl Engine {
                 PeerOrigin::Local { pid: None, .. } | PeerOrigin::Tcp(_) => true,
             },
             Observation::Question { .. } => true,
-            Observation::Lookup(_) | Observation::Execution(_) | Observation::Disconnected(_) => {
-                false
-            }
+            Observation::Lookup(_)
+            | Observation::Execution(_)
+            | Observation::Executing { .. }
+            | Observation::Disconnected(_) => false,
         }
     }
 

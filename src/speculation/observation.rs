@@ -42,6 +42,13 @@ pub enum Observation {
     Lookup(Call),
     /// An `Execute` was answered to its end.
     Execution(Call),
+    /// A client's own `Execute` is being forwarded: what it needs is in the CAS.
+    Executing {
+        /// Who executes.
+        origin: CallOrigin,
+        /// What is executed.
+        key: FlightKey,
+    },
     /// A lookup found nothing, and the client would now be told so. The engine drops `reply`
     /// once it has worked out whether the action is about to be executed.
     Question {

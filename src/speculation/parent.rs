@@ -215,7 +215,7 @@ pub struct BaseAction {
     pub input_root: Digest,
     /// Absolute directory that the root of the input tree stands for, where known.
     pub mount: Option<PathBuf>,
-    /// The root of the client's file system as primed sees it.
+    /// The root of the client's file system as primed sees it; empty if it does not.
     pub file_system_root: PathBuf,
     /// Where the command runs, relative to the input root.
     pub working_directory: String,

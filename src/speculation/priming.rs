@@ -12,7 +12,7 @@ use std::collections::{BTreeMap, HashMap};
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use tokio::sync::{mpsc, oneshot};
 use tokio_util::task::AbortOnDropHandle;
@@ -34,6 +34,10 @@ use crate::task;
 const MAILBOX: usize = 16 * 1024;
 /// Landings that may wait for it.
 const LANDINGS: usize = 1024;
+/// Recorded forms of one action that what a client executes is compared with.
+const MAX_BASES: usize = 16;
+/// To plan for what was learned may take half of the time, but for plans that take no longer.
+const SHORT_PLANNING: Duration = Duration::from_millis(50);
 /// Looking at the workspace again for a miss may take this part of the time: one tenth.
 const SCAN_SHARE: u32 = 10;
 
@@ -80,6 +84,11 @@ pub enum Message {
         /// Closed for an answer.
         reply: oneshot::Sender<()>,
     },
+    /// A client executes this action itself; what that needs is in the CAS.
+    Executing {
+        /// The action.
+        key: FlightKey,
+    },
     /// The records of an invocation were replaced.
     Records(Arc<Parent>),
     /// A client has a result that primed did not bring it.
@@ -124,6 +133,8 @@ impl Priming {
             plan: None,
             results: Results::new(),
             last_scan: None,
+            last_planning: None,
+            has_news: false,
             builds: HashMap::new(),
             landed,
             preparations: HashMap::new(),
@@ -152,7 +163,10 @@ struct Worker {
     known: Known,
     plan: Option<Plan>,
     results: Results,
-    last_scan: Option<Scan>,
+    last_scan: Option<Span>,
+    last_planning: Option<Span>,
+    /// Whether more was learned than the plan knows.
+    has_news: bool,
     /// The builds that speculative work is done for.
     builds: HashMap<WeakKey, u64>,
     landed: mpsc::Sender<Landing>,
@@ -167,9 +181,18 @@ struct Preparation {
     _task: AbortOnDropHandle<Option<()>>,
 }
 
-struct Scan {
+struct Span {
     began: Instant,
     ended: Instant,
+}
+
+impl Span {
+    fn since(began: Instant) -> Self {
+        Span {
+            began,
+            ended: Instant::now(),
+        }
+    }
 }
 
 impl Worker {
@@ -186,6 +209,9 @@ impl Worker {
                     Some((message, _activity)) => self.deal_with(message).await,
                     None => break,
                 },
+                () = tokio::time::sleep_until(self.may_plan_at().into()), if self.has_news => {
+                    self.plan().await;
+                }
             }
         }
         // What has started, or is waited for, goes on and is still counted.
@@ -233,11 +259,16 @@ impl Worker {
             }
             Message::Question { key, asked, reply } => {
                 let expected = self.plan.as_ref().is_some_and(|plan| plan.awaits(&key));
+                if !expected && self.has_news && self.may_plan_at() <= Instant::now() {
+                    self.plan().await;
+                }
+                let expected = self.plan.as_ref().is_some_and(|plan| plan.awaits(&key));
                 if !expected && self.may_scan_for(asked) {
                     self.look_at_workspace().await;
                 }
                 drop(reply);
             }
+            Message::Executing { key } => self.learn_from(key).await,
             Message::Records(parent) => {
                 let key = parent.identity.weak_key();
                 self.parents.insert(key, parent);
@@ -299,13 +330,72 @@ impl Worker {
                 .collect::<HashMap<PathBuf, Option<Digest>>>()
         })
         .await;
-        self.last_scan = Some(Scan {
-            began,
-            ended: Instant::now(),
-        });
+        self.last_scan = Some(Span::since(began));
         if let Some(disk) = disk {
             self.known.disk = disk;
             self.plan().await;
+        }
+    }
+
+    /// Compares what a client executes with what was recorded, where that was not foreseen.
+    async fn learn_from(&mut self, key: FlightKey) {
+        let Some(plan) = self.plan.as_ref().filter(|plan| !plan.awaits(&key)) else {
+            return;
+        };
+        let Workshop {
+            cas, directories, ..
+        } = &self.workshop;
+        let encoded = match cas.fetch(&key.instance, [key.action]).await {
+            Ok(mut fetched) => fetched.remove(&key.action),
+            Err(status) => {
+                tracing::debug!(action = %key.action, %status, "what a client executes cannot be read");
+                return;
+            }
+        };
+        let Some(parts) = encoded.and_then(|encoded| action_parts(&encoded).ok()) else {
+            return;
+        };
+        let mut bases = plan.bases(&key.instance, parts.action_key);
+        bases.truncate(MAX_BASES);
+        if bases.is_empty() {
+            return;
+        }
+        let roots = bases.iter().map(|base| plan.input_root(*base));
+        let roots = roots.chain([parts.input_root]);
+        let trees = match directories.load(cas, &key.instance, roots).await {
+            Ok(trees) => trees,
+            Err(status) => {
+                tracing::debug!(action = %key.action, %status, "its input tree cannot be read");
+                return;
+            }
+        };
+        let Some(plan) = self.plan.take() else {
+            return;
+        };
+        let mut edits = self.known.edits.clone();
+        let learned = task::blocking("learning", move || {
+            let news = plan.learn(&mut edits, &bases, parts.input_root, &trees);
+            (plan, edits, news)
+        })
+        .await;
+        let Some((plan, edits, news)) = learned else {
+            return;
+        };
+        self.plan = Some(plan);
+        self.known.edits = edits;
+        self.has_news |= news;
+        if news {
+            tracing::debug!(action = %key.action, "an execution shows that inputs changed");
+        }
+    }
+
+    /// When what was learned may be planned for: planning must not take all of the time.
+    fn may_plan_at(&self) -> Instant {
+        match &self.last_planning {
+            Some(Span { began, ended }) if *ended - *began > SHORT_PLANNING => {
+                *ended + (*ended - *began)
+            }
+            _ => Instant::now(),
         }
     }
 
@@ -338,7 +428,9 @@ impl Worker {
     /// Plans anew if anything changed since the last plan. What was queued for another state of
     /// things is withdrawn.
     async fn plan(&mut self) {
+        self.has_news = false;
         self.load_parents().await;
+        let began = Instant::now();
         let planned = self.shares.iter().filter_map(|(key, share)| {
             let parent = self.parents.get(key)?.clone();
             Some(PlannedParent {
@@ -370,6 +462,7 @@ impl Worker {
             return;
         };
         self.results = results;
+        self.last_planning = Some(Span::since(began));
         let superseded = self.plan.replace(plan);
         if let (Some(old), Some(new)) = (superseded, &self.plan) {
             for key in old.awaited().filter(|key| !new.awaits(key)) {
