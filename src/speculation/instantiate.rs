@@ -616,20 +616,9 @@ impl<'a> Revision<'a> {
 mod tests {
     use super::*;
     use crate::speculation::known::{Known, Sources};
+    use crate::speculation::parent::fixture::Dice;
     use crate::speculation::parent::{Origin, OverlayTable, Parent, fixture};
     use std::collections::BTreeMap;
-
-    /// Numbers that look random and are the same in every run.
-    struct Dice(u64);
-
-    impl Dice {
-        fn roll(&mut self, sides: usize) -> usize {
-            self.0 ^= self.0 << 13;
-            self.0 ^= self.0 >> 7;
-            self.0 ^= self.0 << 17;
-            (self.0 >> 16) as usize % sides
-        }
-    }
 
     /// A directory without its contents: those are looked up by path.
     #[derive(Clone, Default)]

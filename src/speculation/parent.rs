@@ -372,6 +372,18 @@ impl OverlayTable {
 pub mod fixture {
     use super::*;
 
+    /// Numbers that look random and are the same in every run.
+    pub struct Dice(pub u64);
+
+    impl Dice {
+        pub fn roll(&mut self, sides: usize) -> usize {
+            self.0 ^= self.0 << 13;
+            self.0 ^= self.0 >> 7;
+            self.0 ^= self.0 << 17;
+            (self.0 >> 16) as usize % sides
+        }
+    }
+
     /// An action in `/p` of which nothing is known but its name.
     pub fn base(name: &str, input_root: Digest) -> BaseAction {
         BaseAction {

@@ -258,12 +258,7 @@ impl Worker {
                 self.plan().await;
             }
             Message::Question { key, asked, reply } => {
-                let expected = self.plan.as_ref().is_some_and(|plan| plan.awaits(&key));
-                if !expected && self.has_news && self.may_plan_at() <= Instant::now() {
-                    self.plan().await;
-                }
-                let expected = self.plan.as_ref().is_some_and(|plan| plan.awaits(&key));
-                if !expected && self.may_scan_for(asked) {
+                if !self.expects(&key).await && self.may_scan_for(asked) {
                     self.look_at_workspace().await;
                 }
                 drop(reply);
@@ -275,6 +270,7 @@ impl Worker {
                 self.look_at_workspace().await;
             }
             Message::Observed { key, result } => {
+                self.expects(&key).await;
                 self.complete(&key, Some(&result), true).await;
             }
         }
@@ -387,6 +383,17 @@ impl Worker {
         if news {
             tracing::debug!(action = %key.action, "an execution shows that inputs changed");
         }
+    }
+
+    /// Whether the plan awaits `key`, also in the light of what was learned since it was made.
+    async fn expects(&mut self, key: &FlightKey) -> bool {
+        let awaits = |plan: &Plan| plan.awaits(key);
+        let expected = self.plan.as_ref().is_some_and(awaits);
+        if expected || !self.has_news || self.may_plan_at() > Instant::now() {
+            return expected;
+        }
+        self.plan().await;
+        self.plan.as_ref().is_some_and(awaits)
     }
 
     /// When what was learned may be planned for: planning must not take all of the time.
