@@ -49,7 +49,7 @@ pub struct Caller {
     pub project_root: Option<PathBuf>,
     /// Where the client itself runs.
     pub working_directory: Option<PathBuf>,
-    /// The root of the client's file system.
+    /// The root of the client's file system; empty if nothing can be seen of the client.
     pub file_system_root: PathBuf,
     /// The action on whose behalf it calls, if it does.
     pub action: Option<ActionParent>,
@@ -106,10 +106,10 @@ impl Caller {
             uid: uid.or_else(|| worker.and_then(Process::uid)),
             project_root: worker.and_then(Process::working_directory),
             working_directory: client.as_ref().and_then(Process::working_directory),
-            file_system_root: client
-                .as_ref()
-                .and_then(Process::file_system_root)
-                .unwrap_or_else(|| PathBuf::from("/")),
+            file_system_root: client.as_ref().map_or_else(PathBuf::new, |client| {
+                let root = client.file_system_root();
+                root.unwrap_or_else(|| PathBuf::from("/"))
+            }),
             action: None,
         }
     }
@@ -129,11 +129,15 @@ impl Caller {
         }
     }
 
-    /// Whether what is recorded of `parent` is about the workspace that this client works on.
+    /// Whether what is recorded of `parent` is about the workspace that this client works on; or,
+    /// where that cannot be seen, about the work of the same tool.
     pub fn works_on(&self, parent: &ParentIdentity) -> bool {
-        self.project_root.is_some()
-            && self.project_root.as_deref() == parent.project_root()
-            && self.uid == parent.uid
+        let ParentKind::Invocation { project_root, tool } = &parent.kind else {
+            return false;
+        };
+        self.uid == parent.uid
+            && self.project_root == *project_root
+            && (project_root.is_some() || self.tool == *tool)
     }
 
     /// The parent that calls of this client under `instance` belong to.
@@ -301,7 +305,8 @@ mod tests {
         let caller = Caller::identify(&peer, invoked_as(&format!("here:{pid}")), "here");
         assert_eq!(caller.key, BuildKey::Invocation(format!("here:{pid}")));
         assert!(caller.ends_by_silence);
-        assert_eq!((caller.uid, caller.project_root), (None, None));
+        assert_eq!((caller.uid, &caller.project_root), (None, &None));
+        assert_eq!(caller.file_system_root, Path::new(""));
         let silent = Caller::identify(&peer, RequestMetadata::default(), "here");
         assert_eq!(silent.key, BuildKey::Connection(peer.id()));
     }
@@ -330,6 +335,26 @@ mod tests {
             ..parent
         };
         assert!(!caller.works_on(&of_another_user));
+    }
+
+    #[test]
+    fn where_no_workspace_can_be_seen_the_name_of_the_tool_decides_what_is_primed() {
+        let caller = |tool: &str| {
+            let mut metadata = invoked_as("elsewhere:1");
+            metadata.tool_details = Some(crate::reapi::ToolDetails {
+                tool_name: tool.to_owned(),
+                ..Default::default()
+            });
+            Caller::identify(&tcp_peer("192.0.2.1:4000"), metadata, "here")
+        };
+        let parent = caller("recc").parent(&"".into());
+        assert!(caller("recc").works_on(&parent));
+        assert!(!caller("bazel").works_on(&parent));
+        let peer = tcp_peer("127.0.0.1:4000");
+        let seen = invoked_as(&format!("here:{}", std::process::id()));
+        let seen = Caller::identify(&peer, seen, "here");
+        assert!(!seen.works_on(&parent));
+        assert!(!caller(&seen.tool).works_on(&seen.parent(&"".into())));
     }
 
     #[test]

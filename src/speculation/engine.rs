@@ -292,6 +292,14 @@ impl State {
             }
             Observation::Executing { origin, key } => {
                 self.nested.ask(&origin, &key, true);
+                let parent = self.build_of(&origin).caller.parent(&key.instance);
+                let own = Group::Invocation(parent.weak_key());
+                let open = self.nested.open().map(|(_, open)| &open.group);
+                for group in open.chain([&own]) {
+                    if let Some(priming) = self.primings.get(group) {
+                        priming.tell(Message::Executing { key: key.clone() });
+                    }
+                }
             }
             Observation::Lookup(call) => self.answered(Answered::Lookup(call)),
             Observation::Execution(call) => self.answered(Answered::Execution(call)),

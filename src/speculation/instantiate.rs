@@ -1,16 +1,18 @@
-//! Instantiation: a base action's input tree with every file replaced by what it is now.
+//! Instantiation: a base action's input tree with every file replaced by what it is now, and with
+//! the entries that appear and vanish for that action.
 //!
 //! Only the spine is rewritten: a directory that holds nothing replaced keeps its digest. One
 //! memo is shared by all actions of a plan, so a directory that many trees hold at the same place
 //! is rewritten once. What does not re-encode to its own bytes is never rewritten.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::path::PathBuf;
-use std::sync::Arc;
+use std::sync::{Arc, LazyLock};
 
 use bytes::Bytes;
 use prost::Message;
 
+use super::edits::{Entry, Fate, Implied, stands_for_itself};
 use super::parent::{BaseAction, WeakKey, with_input_root};
 use super::resolve::{Current, Node, Resolver, TreeFile};
 use super::texts::{self, Replacements};
@@ -155,6 +157,8 @@ pub enum Texts {
 #[derive(Default)]
 pub struct Instantiator {
     memo: HashMap<Place, Known>,
+    /// Numbers the sets of entries that appear and vanish together.
+    sets: HashMap<Vec<usize>, usize>,
     /// How often each directory was rewritten for the action at hand.
     places: HashMap<Digest, usize>,
     /// Whether what is being rewritten holds an own output of the action that reads it.
@@ -168,6 +172,8 @@ struct Place {
     directory: Digest,
     mount: Option<PathBuf>,
     path: String,
+    /// The set of what appears and vanishes in the tree, where any of it is in this directory.
+    set: Option<usize>,
 }
 
 /// What became of a directory.
@@ -189,9 +195,30 @@ impl Known {
 enum Rewritten {
     Same,
     New(Arc<NewDirectory>),
+    /// Nothing is left of it.
+    Gone,
     Waits(Arc<[Node]>),
     Awaits,
 }
+
+/// A directory of the tree that is being rewritten.
+#[derive(Clone, Copy)]
+struct Spot<'a> {
+    /// Relative to the input root.
+    path: &'a str,
+    /// What appears and vanishes in it.
+    implied: &'a [&'a Implied],
+    /// The number of the set that this is a part of.
+    set: usize,
+}
+
+/// A directory that is not there yet.
+static NOTHING: LazyLock<Directory> = LazyLock::new(|| Directory {
+    encoded: Bytes::new(),
+    files: Vec::new(),
+    directories: Vec::new(),
+    canonical: true,
+});
 
 impl Instantiator {
     /// Instantiates one base action.
@@ -204,8 +231,17 @@ impl Instantiator {
     {
         self.places.clear();
         self.for_its_writer = false;
-        let tree = match self.rewrite(task, task.base.input_root, "")? {
-            Rewritten::Same => None,
+        let resolver = task.resolver;
+        let (numbers, implied): (Vec<usize>, Vec<&Implied>) =
+            resolver.implied(task.node, task.base, &task.output).unzip();
+        let next = self.sets.len();
+        let spot = Spot {
+            path: "",
+            implied: &implied,
+            set: *self.sets.entry(numbers).or_insert(next),
+        };
+        let tree = match self.rewrite(task, task.base.input_root, spot)? {
+            Rewritten::Same | Rewritten::Gone => None,
             Rewritten::New(tree) => Some(tree),
             Rewritten::Waits(nodes) => return Ok(Instantiation::Waits(nodes)),
             Rewritten::Awaits => return Ok(Instantiation::Awaits),
@@ -229,7 +265,7 @@ impl Instantiator {
         &mut self,
         task: &Task<'_, O>,
         digest: Digest,
-        path: &str,
+        spot: Spot<'_>,
     ) -> Result<Rewritten, Unadaptable>
     where
         O: Fn(Node, &str) -> Option<Option<Digest>>,
@@ -238,7 +274,8 @@ impl Instantiator {
             parent: task.resolver.key,
             directory: digest,
             mount: task.base.mount.clone(),
-            path: path.to_owned(),
+            path: spot.path.to_owned(),
+            set: (!spot.implied.is_empty()).then_some(spot.set),
         };
         match self.memo.get(&place) {
             Some(known) if !known.holds_for(task.node) => {}
@@ -258,7 +295,8 @@ impl Instantiator {
             .get(&digest)
             .ok_or(Unadaptable::Directory(digest))?;
         // An empty one may stand anywhere.
-        if directory.files.is_empty() && directory.directories.is_empty() {
+        let is_empty = directory.files.is_empty() && directory.directories.is_empty();
+        if is_empty && spot.implied.is_empty() {
             return Ok(Rewritten::Same);
         }
         let places = self.places.entry(digest).or_default();
@@ -267,7 +305,7 @@ impl Instantiator {
             return Err(Unadaptable::TooLarge);
         }
         let above = std::mem::take(&mut self.for_its_writer);
-        let rewritten = self.rewrite_entries(task, digest, directory, path)?;
+        let rewritten = self.rewrite_entries(task, Some(digest), directory, spot)?;
         let known = Known {
             rewritten: rewritten.clone(),
             only_for: self.for_its_writer.then_some(task.node),
@@ -277,23 +315,30 @@ impl Instantiator {
         Ok(rewritten)
     }
 
+    /// Rewrites a directory, or makes one of `NOTHING`, which has no digest.
     fn rewrite_entries<O>(
         &mut self,
         task: &Task<'_, O>,
-        digest: Digest,
+        digest: Option<Digest>,
         directory: &Directory,
-        path: &str,
+        spot: Spot<'_>,
     ) -> Result<Rewritten, Unadaptable>
     where
         O: Fn(Node, &str) -> Option<Option<Digest>>,
     {
+        let not_canonical = || Unadaptable::NotCanonical(digest.unwrap_or(task.base.digest));
         let mut waits: Vec<Node> = Vec::new();
         let mut awaits = false;
         let mut sources = Vec::new();
-        let mut files: Vec<(usize, Digest)> = Vec::new();
-        let mut directories: Vec<(usize, Arc<NewDirectory>)> = Vec::new();
+        let mut revision = match spot.implied {
+            [] => Revision::default(),
+            _ => Revision::of(directory, digest.is_some(), spot).ok_or_else(not_canonical)?,
+        };
         for (index, (name, recorded)) in directory.files.iter().enumerate() {
-            let path = child_path(path, name);
+            if revision.files.contains_key(&index) {
+                continue;
+            }
+            let path = child_path(spot.path, name);
             let file = TreeFile {
                 node: task.node,
                 base: task.base,
@@ -306,20 +351,46 @@ impl Instantiator {
                 Current::Source(_, now) | Current::Stored(now) if now == *recorded => {}
                 Current::Source(source, now) => {
                     sources.push((now, source.to_owned()));
-                    files.push((index, now));
+                    revision.files.insert(index, Some(now));
                 }
-                Current::Stored(now) => files.push((index, now)),
+                Current::Stored(now) => {
+                    revision.files.insert(index, Some(now));
+                }
                 Current::Pending(node) => waits.push(node),
                 Current::Awaited => awaits = true,
                 Current::Vanished(path) => return Err(Unadaptable::Vanished(path)),
             }
         }
+        let mut below = Vec::new();
         for (index, (name, recorded)) in directory.directories.iter().enumerate() {
-            match self.rewrite(task, *recorded, &child_path(path, name))? {
+            let implied = revision.below.remove(name.as_str()).unwrap_or_default();
+            let child = Spot {
+                path: &child_path(spot.path, name),
+                implied: &implied,
+                ..spot
+            };
+            match self.rewrite(task, *recorded, child)? {
                 Rewritten::Same => {}
-                Rewritten::New(new) => directories.push((index, new)),
+                Rewritten::New(new) => {
+                    revision.directories.insert(index, Some(new.digest));
+                    below.push(new);
+                }
+                Rewritten::Gone => {
+                    revision.directories.insert(index, None);
+                }
                 Rewritten::Waits(nodes) => waits.extend_from_slice(&nodes),
                 Rewritten::Awaits => awaits = true,
+            }
+        }
+        for (name, implied) in std::mem::take(&mut revision.below) {
+            let child = Spot {
+                path: &child_path(spot.path, name),
+                implied: &implied,
+                ..spot
+            };
+            if let Rewritten::New(new) = self.rewrite_entries(task, None, &NOTHING, child)? {
+                revision.grown.push((name, new.digest));
+                below.push(new);
             }
         }
         if awaits {
@@ -330,16 +401,23 @@ impl Instantiator {
             waits.dedup();
             return Ok(Rewritten::Waits(waits.into()));
         }
-        if files.is_empty() && directories.is_empty() {
+        if revision.is_nothing() {
             return Ok(Rewritten::Same);
         }
-        let (new, encoded) =
-            replaced(directory, &files, &directories).ok_or(Unadaptable::NotCanonical(digest))?;
+        let message = revision.apply(directory).ok_or_else(not_canonical)?;
+        let is_empty = message.encoded_len() == 0;
+        if is_empty && !revision.stands && !spot.path.is_empty() {
+            return Ok(Rewritten::Gone);
+        }
+        let (new, encoded) = Digest::of_message(&message);
+        if Some(new) == digest {
+            return Ok(Rewritten::Same);
+        }
         Ok(Rewritten::New(Arc::new(NewDirectory {
             digest: new,
             encoded,
             files: sources,
-            directories: directories.into_iter().map(|(_, new)| new).collect(),
+            directories: below,
         })))
     }
 }
@@ -385,43 +463,162 @@ fn adapted_with_texts<O>(
     })
 }
 
-/// The directory with some of its digests replaced; `None` if it must not be rewritten.
-fn replaced(
-    directory: &Directory,
-    files: &[(usize, Digest)],
-    directories: &[(usize, Arc<NewDirectory>)],
-) -> Option<(Digest, Bytes)> {
-    if !directory.canonical {
-        return None;
+/// What becomes of one directory.
+#[derive(Default)]
+struct Revision<'a> {
+    /// By their index: other digests, or `None` for what vanishes.
+    files: HashMap<usize, Option<Digest>>,
+    directories: HashMap<usize, Option<Digest>>,
+    /// Those that vanish.
+    symlinks: HashSet<usize>,
+    appeared: Vec<&'a Entry>,
+    /// New directories.
+    grown: Vec<(&'a str, Digest)>,
+    /// The directory's own properties, if they change.
+    properties: Option<Option<reapi::NodeProperties>>,
+    /// Whether it stays when nothing is left in it, and whether that is new.
+    stands: bool,
+    begins_to_stand: bool,
+    /// What appears and vanishes further down, by the name of the directory on the way there.
+    below: BTreeMap<&'a str, Vec<&'a Implied>>,
+}
+
+impl<'a> Revision<'a> {
+    /// What becomes of the entries of `directory` itself. `None` if it is malformed.
+    fn of(directory: &Directory, exists: bool, spot: Spot<'a>) -> Option<Self> {
+        let message = reapi::Directory::decode(directory.encoded.clone()).ok()?;
+        let mut revision = Revision {
+            stands: exists && stands_for_itself(&message, spot.path),
+            ..Revision::default()
+        };
+        // Something else may appear where something has vanished.
+        let (vanishing, appearing): (Vec<&Implied>, Vec<&Implied>) = spot
+            .implied
+            .iter()
+            .partition(|implied| implied.fate == Fate::Vanishes);
+        for implied in vanishing.into_iter().chain(appearing) {
+            let rest = implied.path.strip_prefix(spot.path).unwrap_or_default();
+            let rest = rest.strip_prefix('/').unwrap_or(rest);
+            let name = rest.split('/').next().unwrap_or_default();
+            match (&implied.entry, implied.fate) {
+                (Entry::Directory(properties), Fate::Vanishes) if rest.is_empty() => {
+                    if revision.stands && message.node_properties == *properties {
+                        revision.stands = false;
+                        revision.properties = Some(None);
+                    }
+                }
+                (Entry::Directory(properties), Fate::Appears) if rest.is_empty() => {
+                    if !revision.stands {
+                        revision.stands = true;
+                        revision.begins_to_stand = true;
+                        revision.properties = Some(properties.clone());
+                    }
+                }
+                (Entry::File(file), Fate::Vanishes) if rest == name => {
+                    let at = message.files.iter().position(|other| other == file);
+                    revision.files.extend(at.map(|index| (index, None)));
+                }
+                (Entry::Symlink(link), Fate::Vanishes) if rest == name => {
+                    let at = message.symlinks.iter().position(|other| other == link);
+                    revision.symlinks.extend(at);
+                }
+                (Entry::File(_) | Entry::Symlink(_), Fate::Appears) if rest == name => {
+                    revision.appeared.push(&implied.entry);
+                }
+                _ => revision.below.entry(name).or_default().push(implied),
+            }
+        }
+        Some(revision)
     }
-    let mut message = reapi::Directory::decode(directory.encoded.clone()).ok()?;
-    for (index, digest) in files {
-        message.files.get_mut(*index)?.digest = Some(digest.to_proto());
+
+    fn is_nothing(&self) -> bool {
+        self.files.is_empty()
+            && self.directories.is_empty()
+            && self.symlinks.is_empty()
+            && self.appeared.is_empty()
+            && self.grown.is_empty()
+            && self.properties.is_none()
+            && !self.begins_to_stand
     }
-    for (index, new) in directories {
-        message.directories.get_mut(*index)?.digest = Some(new.digest.to_proto());
+
+    /// The directory after it; `None` if it must not be rewritten.
+    fn apply(&self, directory: &Directory) -> Option<reapi::Directory> {
+        if !directory.canonical {
+            return None;
+        }
+        let mut message = reapi::Directory::decode(directory.encoded.clone()).ok()?;
+        for (index, digest) in &self.files {
+            message.files.get_mut(*index)?.digest = digest.map(Digest::to_proto);
+        }
+        for (index, digest) in &self.directories {
+            message.directories.get_mut(*index)?.digest = digest.map(Digest::to_proto);
+        }
+        message.files.retain(|file| file.digest.is_some());
+        message.directories.retain(|entry| entry.digest.is_some());
+        let mut links = 0..;
+        message.symlinks.retain(|_| {
+            !links
+                .next()
+                .is_some_and(|index| self.symlinks.contains(&index))
+        });
+        if let Some(properties) = &self.properties {
+            message.node_properties = properties.clone();
+        }
+        if !self.appeared.is_empty() || !self.grown.is_empty() {
+            self.add_to(&mut message)?;
+        }
+        Some(message)
     }
-    Some(Digest::of_message(&message))
+
+    /// Adds what appeared where nothing else stands. `None` if the directory has an order of its
+    /// own.
+    fn add_to(&self, message: &mut reapi::Directory) -> Option<()> {
+        let is_sorted = message.files.is_sorted_by_key(|file| &file.name)
+            && message.symlinks.is_sorted_by_key(|link| &link.name)
+            && message.directories.is_sorted_by_key(|entry| &entry.name);
+        let files = message.files.iter().map(|file| &file.name);
+        let links = message.symlinks.iter().map(|link| &link.name);
+        let directories = message.directories.iter().map(|entry| &entry.name);
+        let mut names: HashSet<String> = files.chain(links).chain(directories).cloned().collect();
+        for entry in &self.appeared {
+            match entry {
+                Entry::File(file) if names.insert(file.name.clone()) => {
+                    message.files.push(file.clone());
+                }
+                Entry::Symlink(link) if names.insert(link.name.clone()) => {
+                    message.symlinks.push(link.clone());
+                }
+                _ => {}
+            }
+        }
+        for (name, digest) in &self.grown {
+            if names.insert((*name).to_owned()) {
+                message.directories.push(reapi::DirectoryNode {
+                    name: (*name).to_owned(),
+                    digest: Some(digest.to_proto()),
+                });
+            }
+        }
+        message
+            .files
+            .sort_by(|one, other| one.name.cmp(&other.name));
+        message
+            .symlinks
+            .sort_by(|one, other| one.name.cmp(&other.name));
+        message
+            .directories
+            .sort_by(|one, other| one.name.cmp(&other.name));
+        is_sorted.then_some(())
+    }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::speculation::known::{Known, Sources};
+    use crate::speculation::parent::fixture::Dice;
     use crate::speculation::parent::{Origin, OverlayTable, Parent, fixture};
     use std::collections::BTreeMap;
-
-    /// Numbers that look random and are the same in every run.
-    struct Dice(u64);
-
-    impl Dice {
-        fn roll(&mut self, sides: usize) -> usize {
-            self.0 ^= self.0 << 13;
-            self.0 ^= self.0 >> 7;
-            self.0 ^= self.0 << 17;
-            (self.0 >> 16) as usize % sides
-        }
-    }
 
     /// A directory without its contents: those are looked up by path.
     #[derive(Clone, Default)]

@@ -1,14 +1,16 @@
 //! What is known now of the places that origins name: files on disk, and the action parents that
-//! have been asked for in this session.
+//! have been asked for in this session. And what executions have shown of files that stand nowhere
+//! else.
 
 use std::collections::HashMap;
 use std::path::PathBuf;
 use std::sync::Arc;
 
+use super::edits::Edits;
 use super::parent::WeakKey;
 use super::schedule::Outputs;
 use crate::cas::Digest;
-use crate::cas::directories::Trees;
+use crate::cas::directories::{Directory, Trees};
 
 /// Source files on disk: their digest, or `None` where there is no such file.
 pub type Sources = HashMap<PathBuf, Option<Digest>>;
@@ -20,6 +22,8 @@ pub struct Known {
     pub disk: Sources,
     /// Action parents, under the weak keys that records know them by.
     pub parents: HashMap<WeakKey, CurrentParent>,
+    /// Observed changes.
+    pub edits: Edits,
 }
 
 impl<const COUNT: usize> From<[(WeakKey, CurrentParent); COUNT]> for Known {
@@ -44,14 +48,17 @@ pub struct CurrentParent {
 
 /// The digest of the file at `path` in the tree of `root`.
 pub fn find_file(trees: &Trees, root: Digest, path: &str) -> Option<Digest> {
+    let (above, name) = path.rsplit_once('/').unwrap_or(("", path));
+    find_entry(&find_directory(trees, root, above)?.files, name)
+}
+
+/// The directory at `path` in the tree of `root`; the root itself if the path is empty.
+pub fn find_directory<'a>(trees: &'a Trees, root: Digest, path: &str) -> Option<&'a Directory> {
     let mut directory = trees.get(&root)?;
-    let mut rest = path;
-    while let Some((name, below)) = rest.split_once('/') {
-        let child = find_entry(&directory.directories, name)?;
-        directory = trees.get(&child)?;
-        rest = below;
+    for name in path.split('/').filter(|_| !path.is_empty()) {
+        directory = trees.get(&find_entry(&directory.directories, name)?)?;
     }
-    find_entry(&directory.files, rest)
+    Some(directory)
 }
 
 /// Entries of a canonical directory are sorted; others may not be.

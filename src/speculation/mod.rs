@@ -11,6 +11,7 @@ mod attribution;
 mod builds;
 mod callers;
 mod carry_over;
+mod edits;
 pub mod engine;
 pub mod flights;
 mod generate;

@@ -216,7 +216,7 @@ pub struct BaseAction {
     /// The directory that the root of the input tree stands for, where known: an absolute one, or
     /// one in the tree of the action parent.
     pub mount: Option<PathBuf>,
-    /// The root of the client's file system as primed sees it.
+    /// The root of the client's file system as primed sees it; empty if it does not.
     pub file_system_root: PathBuf,
     /// Where the command runs, relative to the input root.
     pub working_directory: String,
@@ -375,6 +375,18 @@ impl OverlayTable {
 #[cfg(test)]
 pub mod fixture {
     use super::*;
+
+    /// Numbers that look random and are the same in every run.
+    pub struct Dice(pub u64);
+
+    impl Dice {
+        pub fn roll(&mut self, sides: usize) -> usize {
+            self.0 ^= self.0 << 13;
+            self.0 ^= self.0 >> 7;
+            self.0 ^= self.0 << 17;
+            (self.0 >> 16) as usize % sides
+        }
+    }
 
     /// An action in `/p` of which nothing is known but its name.
     pub fn base(name: &str, input_root: Digest) -> BaseAction {

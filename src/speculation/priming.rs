@@ -12,7 +12,7 @@ use std::collections::{BTreeMap, HashMap, HashSet};
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use tokio::sync::{mpsc, oneshot};
 use tokio_util::task::AbortOnDropHandle;
@@ -20,7 +20,7 @@ use tokio_util::task::AbortOnDropHandle;
 use super::activity::{Activities, Activity};
 use super::flights::{FlightKey, Landing, Outcome, ending};
 use super::known::{CurrentParent, Known};
-use super::parent::{ActionParent, Parent, ParentIdentity, ParentKind, WeakKey};
+use super::parent::{ActionParent, Parent, ParentIdentity, ParentKind, WeakKey, action_parts};
 use super::prepare::{self, Job, Queue};
 use super::record::output_files;
 use super::schedule::{Outputs, Plan, PlannedParent, Ready, Results, Share, Subject};
@@ -35,6 +35,10 @@ use crate::task;
 const MAILBOX: usize = 16 * 1024;
 /// Landings that may wait for it.
 const LANDINGS: usize = 1024;
+/// Recorded forms of one action that what a client executes is compared with.
+const MAX_BASES: usize = 16;
+/// To plan for what was learned may take half of the time, but for plans that take no longer.
+const SHORT_PLANNING: Duration = Duration::from_millis(50);
 /// Looking at the workspace again for a miss may take this part of the time: one tenth.
 const SCAN_SHARE: u32 = 10;
 
@@ -84,6 +88,11 @@ pub enum Message {
         asked: Instant,
         /// Closed for an answer.
         reply: Arc<oneshot::Sender<()>>,
+    },
+    /// A client executes this action itself; what that needs is in the CAS.
+    Executing {
+        /// The action.
+        key: FlightKey,
     },
     /// The records of an invocation were replaced.
     Records(Arc<Parent>),
@@ -186,6 +195,8 @@ impl Priming {
             plan: None,
             results: Results::new(),
             last_scan: None,
+            last_planning: None,
+            has_news: false,
             builds: HashMap::new(),
             landed,
             preparations: HashMap::new(),
@@ -216,7 +227,10 @@ struct Worker {
     known: Known,
     plan: Option<Plan>,
     results: Results,
-    last_scan: Option<Scan>,
+    last_scan: Option<Span>,
+    last_planning: Option<Span>,
+    /// Whether more was learned than the plan knows.
+    has_news: bool,
     /// The builds that speculative work is done for.
     builds: HashMap<WeakKey, u64>,
     landed: mpsc::Sender<Landing>,
@@ -231,9 +245,18 @@ struct Preparation {
     _task: AbortOnDropHandle<Option<()>>,
 }
 
-struct Scan {
+struct Span {
     began: Instant,
     ended: Instant,
+}
+
+impl Span {
+    fn since(began: Instant) -> Self {
+        Span {
+            began,
+            ended: Instant::now(),
+        }
+    }
 }
 
 impl Worker {
@@ -250,6 +273,9 @@ impl Worker {
                     Some((message, _activity)) => self.deal_with(message).await,
                     None => break,
                 },
+                () = tokio::time::sleep_until(self.may_plan_at().into()), if self.has_news => {
+                    self.plan().await;
+                }
             }
         }
         // What has started, or is waited for, goes on and is still counted.
@@ -301,18 +327,19 @@ impl Worker {
                 self.plan().await;
             }
             Message::Question { key, asked, reply } => {
-                let expected = self.plan.as_ref().is_some_and(|plan| plan.awaits(&key));
-                if !expected && self.may_scan_for(asked) {
+                if !self.expects(&key).await && self.may_scan_for(asked) {
                     self.look_at_workspace().await;
                 }
                 drop(reply);
             }
+            Message::Executing { key } => self.learn_from(key).await,
             Message::Records(parent) => {
                 let key = parent.identity.weak_key();
                 self.parents.insert(key, parent);
                 self.look_at_workspace().await;
             }
             Message::Observed { key, result } => {
+                self.expects(&key).await;
                 self.complete(&key, Some(&result), true).await;
             }
         }
@@ -368,13 +395,83 @@ impl Worker {
                 .collect::<HashMap<PathBuf, Option<Digest>>>()
         })
         .await;
-        self.last_scan = Some(Scan {
-            began,
-            ended: Instant::now(),
-        });
+        self.last_scan = Some(Span::since(began));
         if let Some(disk) = disk {
             self.known.disk = disk;
             self.plan().await;
+        }
+    }
+
+    /// Compares what a client executes with what was recorded, where that was not foreseen.
+    async fn learn_from(&mut self, key: FlightKey) {
+        let Some(plan) = self.plan.as_ref().filter(|plan| !plan.awaits(&key)) else {
+            return;
+        };
+        let Workshop {
+            cas, directories, ..
+        } = &self.workshop;
+        let encoded = match cas.fetch(&key.instance, [key.action]).await {
+            Ok(mut fetched) => fetched.remove(&key.action),
+            Err(status) => {
+                tracing::debug!(action = %key.action, %status, "what a client executes cannot be read");
+                return;
+            }
+        };
+        let Some(parts) = encoded.and_then(|encoded| action_parts(&encoded).ok()) else {
+            return;
+        };
+        let mut bases = plan.bases(&key.instance, parts.action_key);
+        bases.truncate(MAX_BASES);
+        if bases.is_empty() {
+            return;
+        }
+        let roots = bases.iter().map(|base| plan.input_root(*base));
+        let roots = roots.chain([parts.input_root]);
+        let trees = match directories.load(cas, &key.instance, roots).await {
+            Ok(trees) => trees,
+            Err(status) => {
+                tracing::debug!(action = %key.action, %status, "its input tree cannot be read");
+                return;
+            }
+        };
+        let Some(plan) = self.plan.take() else {
+            return;
+        };
+        let mut edits = self.known.edits.clone();
+        let learned = task::blocking("learning", move || {
+            let news = plan.learn(&mut edits, &bases, parts.input_root, &trees);
+            (plan, edits, news)
+        })
+        .await;
+        let Some((plan, edits, news)) = learned else {
+            return;
+        };
+        self.plan = Some(plan);
+        self.known.edits = edits;
+        self.has_news |= news;
+        if news {
+            tracing::debug!(action = %key.action, "an execution shows that inputs changed");
+        }
+    }
+
+    /// Whether the plan awaits `key`, also in the light of what was learned since it was made.
+    async fn expects(&mut self, key: &FlightKey) -> bool {
+        let awaits = |plan: &Plan| plan.awaits(key);
+        let expected = self.plan.as_ref().is_some_and(awaits);
+        if expected || !self.has_news || self.may_plan_at() > Instant::now() {
+            return expected;
+        }
+        self.plan().await;
+        self.plan.as_ref().is_some_and(awaits)
+    }
+
+    /// When what was learned may be planned for: planning must not take all of the time.
+    fn may_plan_at(&self) -> Instant {
+        match &self.last_planning {
+            Some(Span { began, ended }) if *ended - *began > SHORT_PLANNING => {
+                *ended + (*ended - *began)
+            }
+            _ => Instant::now(),
         }
     }
 
@@ -410,7 +507,9 @@ impl Worker {
     /// Plans anew if anything changed since the last plan. What was queued for another state of
     /// things is withdrawn.
     async fn plan(&mut self) {
+        self.has_news = false;
         self.load_parents().await;
+        let began = Instant::now();
         let planned = self.shares.iter().filter_map(|(key, share)| {
             let parent = self.parents.get(key)?.clone();
             Some(PlannedParent {
@@ -442,6 +541,7 @@ impl Worker {
             return;
         };
         self.results = results;
+        self.last_planning = Some(Span::since(began));
         let superseded = self.plan.replace(plan);
         if let (Some(old), Some(new)) = (superseded, &self.plan) {
             for key in old.awaited().filter(|key| !new.awaits(key)) {

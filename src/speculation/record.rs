@@ -34,7 +34,7 @@ pub struct Subaction {
     pub order: u64,
     /// Where the client that asked ran, if it could be seen.
     pub working_directory: Option<PathBuf>,
-    /// The root of that client's file system.
+    /// The root of that client's file system; empty if it could not be seen.
     pub file_system_root: PathBuf,
 }
 

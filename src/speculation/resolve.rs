@@ -2,8 +2,11 @@
 //!
 //! All origins of its digest are asked: SOURCE (the disk, the own parent's tree, other parents'
 //! trees), then ACTION (own, then others'), then ARTIFACT. Each kind answers with a digest, with
-//! what must be waited for, or not at all, and then the next is asked. A file that nobody knows
-//! anything of is as it was recorded.
+//! what must be waited for, or not at all, and then the next is asked. A file that none of them
+//! knows is what an execution has shown it to be, and else as it was recorded.
+//!
+//! What entries a tree has is recorded, but for those that executions have shown to appear or to
+//! vanish with a change: where that change is, they do.
 //!
 //! Where a kind has several origins of one digest, those whose path is nearest to the file's own
 //! count: two files with the same content (both empty, say) are told apart by it.
@@ -11,6 +14,7 @@
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 
+use super::edits::{Cause, Implied, Learned, OldFile};
 use super::known::{Known, find_file, find_output};
 use super::parent::{BaseAction, Origin, Parent, WeakKey};
 use crate::cas::Digest;
@@ -91,6 +95,68 @@ impl Resolver<'_> {
     /// What `file` is now. `output` tells what an action of the plan has written to a path, or
     /// `None` while it is not done.
     pub fn resolve<'b>(
+        &'b self,
+        file: TreeFile<'_>,
+        output: impl Fn(Node, &str) -> Option<Option<Digest>>,
+    ) -> Current<'b> {
+        let current = self.by_origin(file, output);
+        match (&current, self.learned(file.base)) {
+            (Current::Recorded | Current::Vanished(_), Some(learned)) => {
+                match learned.changed(file.path, file.digest) {
+                    Some(digest) => Current::Stored(digest),
+                    None => current,
+                }
+            }
+            _ => current,
+        }
+    }
+
+    /// The entries that appear in the tree of action `node`, or vanish from it, each with its
+    /// number among those that were learned.
+    pub fn implied<'b>(
+        &'b self,
+        node: Node,
+        base: &'b BaseAction,
+        output: impl Fn(Node, &str) -> Option<Option<Digest>>,
+    ) -> impl Iterator<Item = (usize, &'b Implied)> {
+        let mut happened: HashMap<&OldFile, bool> = HashMap::new();
+        let mut has_happened = move |cause: &'b Cause| {
+            let known = happened.entry(&cause.file);
+            *known.or_insert_with_key(|file| {
+                let is_read = find_file(self.trees, base.input_root, &file.path);
+                let file = TreeFile {
+                    node,
+                    base,
+                    path: &file.path,
+                    digest: file.digest,
+                };
+                is_read == Some(file.digest) && (cause.vanished || self.has_changed(file, &output))
+            })
+        };
+        let learned = self.learned(base).map_or(&[][..], Learned::implied);
+        let learned = learned.iter().enumerate();
+        learned.filter(move |(_, implied)| implied.causes().any(&mut has_happened))
+    }
+
+    /// Whether `file` is other than it was recorded, as far as can be said.
+    fn has_changed(
+        &self,
+        file: TreeFile<'_>,
+        output: impl Fn(Node, &str) -> Option<Option<Digest>>,
+    ) -> bool {
+        match self.resolve(file, output) {
+            Current::Recorded => false,
+            Current::Source(_, now) | Current::Stored(now) => now != file.digest,
+            Current::Pending(_) | Current::Awaited | Current::Vanished(_) => true,
+        }
+    }
+
+    fn learned(&self, base: &BaseAction) -> Option<&Learned> {
+        self.known.edits.of(self.key, base)
+    }
+
+    /// What `file` is now by its origins alone.
+    pub fn by_origin<'b>(
         &'b self,
         file: TreeFile<'_>,
         output: impl Fn(Node, &str) -> Option<Option<Digest>>,
@@ -221,10 +287,11 @@ fn common_end(one: &str, other: &str) -> usize {
 }
 
 /// The directories on disk that the root of an input tree may stand for: the mount, or (for
-/// clients that put absolute paths into their trees) the root of the file system.
+/// clients that put absolute paths into their trees) the root of the file system, where known.
 pub fn roots(base: &BaseAction) -> impl Iterator<Item = &Path> {
     let mount = base.mount.iter().map(PathBuf::as_path);
-    mount.chain([base.file_system_root.as_path()])
+    let root = base.file_system_root.as_path();
+    mount.chain((!root.as_os_str().is_empty()).then_some(root))
 }
 
 #[cfg(test)]

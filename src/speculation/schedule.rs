@@ -2,18 +2,19 @@
 //! be instantiated now, takes in what has completed, and orders what is ready by the longest
 //! recorded time still below it. A plan is pure: it calls nobody and knows no clock.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
 use tonic::Status;
 
+use super::edits::{Edit, Edits, Lesson, OldFile};
 use super::flights::{FlightKey, Urgency};
 use super::instantiate::{Adapted, Instantiation, Instantiator, Task, Texts, Unadaptable};
-use super::known::{Known, find_output};
+use super::known::{Known, find_file, find_output};
 use super::parent::{BaseAction, Parent, ParentKind, WeakKey, action_parts};
-use super::resolve::{Node, Resolver};
+use super::resolve::{Current, Node, Resolver, TreeFile};
 use super::workshop::Workshop;
 use crate::cas::Digest;
 use crate::cas::directories::Trees;
@@ -258,6 +259,88 @@ impl Plan {
         self.unchanged.iter().map(|node| &self.actions[*node].base)
     }
 
+    /// The recorded forms of an action that a client executes.
+    pub fn bases(&self, instance: &str, action_key: Digest) -> Vec<Node> {
+        let parents = self.subject.parents.iter().zip(&self.keys);
+        let of_instance =
+            parents.filter(|(planned, _)| *planned.parent.identity.instance == *instance);
+        let mut nodes: Vec<Node> = of_instance
+            .flat_map(|(planned, parent)| {
+                let actions = planned.parent.actions.iter();
+                let bases = actions.filter(|(key, _)| key.action_key == action_key);
+                bases.filter_map(|(_, base)| self.producers.get(&(*parent, base.digest)).copied())
+            })
+            .collect();
+        nodes.sort_unstable();
+        nodes
+    }
+
+    /// The recorded input tree of an action.
+    pub fn input_root(&self, node: Node) -> Digest {
+        self.actions[node].base.input_root
+    }
+
+    /// Has `edits` learn what it shows that a client executes one of `bases`, the nearest, with
+    /// another input tree. All of them are in `trees`. Returns whether that is news.
+    pub fn learn(
+        &self,
+        edits: &mut Edits,
+        bases: &[Node],
+        input_root: Digest,
+        trees: &Trees,
+    ) -> bool {
+        let differences = bases.iter().filter_map(|node| {
+            let edit = Edit::between(self.input_root(*node), input_root, trees)?;
+            Some((*node, edit))
+        });
+        let Some((node, edit)) = differences.min_by_key(|(_, edit)| edit.size()) else {
+            return false;
+        };
+        let PlannedAction { base, parent, .. } = &self.actions[node];
+        let same_place =
+            |other: &&PlannedAction| other.parent == *parent && other.base.mount == base.mount;
+        let neighbours: Vec<&PlannedAction> = self.actions.iter().filter(same_place).collect();
+        let outputs = neighbours.iter().flat_map(|action| &action.base.outputs);
+        let written: HashSet<&str> = outputs.map(|(path, _)| path.as_str()).collect();
+        let resolver = self.resolver(*parent);
+        let is_told_otherwise = |path: &str, digest| {
+            let file = TreeFile {
+                node,
+                base,
+                path,
+                digest,
+            };
+            let current = resolver.by_origin(file, output_of(&self.states));
+            !matches!(current, Current::Recorded | Current::Vanished(_))
+        };
+        let is_source = |path: &str, old: Option<Digest>| {
+            !written.contains(path) && !old.is_some_and(|digest| is_told_otherwise(path, digest))
+        };
+        let readers = |file: &OldFile| {
+            let roots = neighbours.iter().map(|action| action.base.input_root);
+            let found = roots.map(|root| find_file(&self.subject.trees, root, &file.path));
+            found.filter(|found| *found == Some(file.digest)).count()
+        };
+        let lesson = Lesson {
+            parent: self.keys[*parent],
+            base,
+            trees,
+            edit: &edit,
+        };
+        edits.learn(&lesson, is_source, readers)
+    }
+
+    /// The policy for a parent.
+    fn resolver(&self, parent: usize) -> Resolver<'_> {
+        Resolver {
+            key: self.keys[parent],
+            parent: &self.subject.parents[parent].parent,
+            known: &self.subject.known,
+            trees: &self.subject.trees,
+            producers: &self.producers,
+        }
+    }
+
     /// The base actions that could not be adapted since the last call, with the reasons.
     pub fn take_unadaptable(&mut self) -> Vec<(Digest, Unadaptable)> {
         std::mem::take(&mut self.unadaptable)
@@ -325,7 +408,6 @@ impl Plan {
             trees: &self.subject.trees,
             producers: &self.producers,
         };
-        let states = &self.states;
         self.instantiator.instantiate(&Task {
             node,
             base: &action.base,
@@ -333,10 +415,7 @@ impl Plan {
             trees: &self.subject.trees,
             texts: &self.texts[action.parent],
             command: action.command.as_ref(),
-            output: |node: Node, path: &str| match &states[node] {
-                State::Done(outputs) => Some(find_output(outputs, path)),
-                _ => None,
-            },
+            output: output_of(&self.states),
         })
     }
 
@@ -391,6 +470,14 @@ impl Plan {
             .collect();
         ready.sort_by_key(|ready| ready.urgency);
         ready
+    }
+}
+
+/// What an action has written to a path; `None` while it is not done.
+fn output_of(states: &[State]) -> impl Fn(Node, &str) -> Option<Option<Digest>> {
+    |node, path| match &states[node] {
+        State::Done(outputs) => Some(find_output(outputs, path)),
+        _ => None,
     }
 }
 

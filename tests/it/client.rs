@@ -2,7 +2,8 @@
 //! actions up, uploads what they need and has them executed, as recc does.
 //!
 //! A real `make` that does nothing stands for the build's process: it runs in the workspace, the
-//! calls name it as recc names its parent, and when it ends, the build has ended.
+//! calls name it as recc names its parent, and when it ends, the build has ended. A build on another
+//! machine has no such process, and ends by falling silent.
 
 #![allow(
     clippy::unwrap_used,
@@ -64,7 +65,8 @@ pub struct Recipe<'a> {
 
 /// One build that is running.
 pub struct Build {
-    process: Child,
+    /// `None` on another machine.
+    process: Option<Child>,
     channel: Channel,
     workspace: PathBuf,
     metadata: MetadataValue<tonic::metadata::Binary>,
@@ -91,16 +93,24 @@ impl Build {
             .unwrap();
         let host = rustix::system::uname();
         let host = host.nodename().to_string_lossy().into_owned();
+        let invocation = format!("{host}:{}", process.id());
+        let mut build = Build::elsewhere(channel, workspace, &invocation);
+        build.process = Some(process);
+        build
+    }
+
+    /// Begins one that says of itself what recc says on another machine.
+    pub fn elsewhere(channel: Channel, workspace: &Path, invocation: &str) -> Self {
         let metadata = RequestMetadata {
             tool_details: Some(ToolDetails {
                 tool_name: "recc".to_owned(),
                 ..ToolDetails::default()
             }),
-            tool_invocation_id: format!("{host}:{}", process.id()),
+            tool_invocation_id: invocation.to_owned(),
             ..RequestMetadata::default()
         };
         Build {
-            process,
+            process: None,
             channel,
             workspace: workspace.to_owned(),
             metadata: MetadataValue::from_bytes(&metadata.encode_to_vec()),
@@ -261,8 +271,10 @@ impl Build {
 
 impl Drop for Build {
     fn drop(&mut self) {
-        drop(self.process.stdin.take());
-        let _ = self.process.wait();
+        if let Some(process) = &mut self.process {
+            drop(process.stdin.take());
+            let _ = process.wait();
+        }
     }
 }
 

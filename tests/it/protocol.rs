@@ -6,6 +6,8 @@
     reason = "a test that cannot set the stage fails"
 )]
 
+mod observed_changes;
+
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
@@ -14,7 +16,7 @@ use primed::reapi::ActionResult;
 use tempfile::TempDir;
 use tonic::Code;
 
-use crate::backend::{FakeBackend, LEAST_URGENT, Outcome, compile};
+use crate::backend::{FakeBackend, LEAST_URGENT, Outcome, Run, World, compile};
 use crate::client::{Action, Build, Recipe, Way, connect, last, response};
 use crate::support::{Counts, PATIENCE, Primed, scratch};
 

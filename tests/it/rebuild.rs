@@ -6,6 +6,8 @@ use tempfile::TempDir;
 use crate::project::{FEW, Project, UNITS};
 use crate::support::{Casd, Counts, Primed, scratch, tool};
 
+/// Compiles that make runs at a time.
+const JOBS: u64 = 2;
 /// Every compile and the link.
 const ALL: u64 = UNITS as u64 + 2;
 
@@ -22,7 +24,29 @@ impl Stage {
         let scratch = scratch();
         let casd = Casd::start(scratch.path(), 4);
         let primed = Primed::start(scratch.path(), &casd.address());
-        let mut project = Project::create(scratch.path(), &primed.address());
+        let server = primed.address();
+        Stage::begin(scratch, casd, primed, &server, variables)
+    }
+
+    /// Its client comes by TCP and says of itself what recc says on another machine.
+    fn unseen() -> Self {
+        let scratch = scratch();
+        let casd = Casd::start(scratch.path(), 4);
+        let arguments = ["--listen", "127.0.0.1:0"];
+        let primed = Primed::start_with(scratch.path(), &casd.address(), &arguments);
+        let server = format!("http://127.0.0.1:{}", primed.port());
+        let elsewhere = [("RECC_TOOL_INVOCATION_ID", "elsewhere:1")];
+        Stage::begin(scratch, casd, primed, &server, &elsewhere)
+    }
+
+    fn begin(
+        scratch: TempDir,
+        casd: Casd,
+        primed: Primed,
+        server: &str,
+        variables: &[(&str, &str)],
+    ) -> Self {
+        let mut project = Project::create(scratch.path(), server);
         for (name, value) in variables {
             project = project.with(name, value);
         }
@@ -74,6 +98,18 @@ impl Stage {
         assert_eq!(counts.hit + counts.joined, primed, "{shown}");
         assert_eq!(counts.primed, primed, "precision is 1: {shown}");
         assert_eq!(counts.used, primed, "{shown}");
+    }
+
+    /// The compiles that include the common header and the link were primed, but for a few.
+    #[track_caller]
+    fn assert_missed_at_most(&self, counts: Counts, missed: u64) {
+        let shown = format!("{counts:?}\n{}", self.primed.daemon.log());
+        let recall = (counts.hit + counts.joined) as f64 / (counts.asked - counts.cached) as f64;
+        println!("recall {recall:.2}: {counts:?}");
+        // main.c does not include it.
+        assert_eq!((counts.asked, counts.cached), (ALL, 1), "{shown}");
+        assert!((1..=missed).contains(&counts.missed), "{shown}");
+        assert_eq!(counts.primed, counts.used, "precision is 1: {shown}");
     }
 
     fn common(&self, value: i64) {
@@ -210,6 +246,25 @@ fn a_project_root_above_the_working_directory_is_found() {
     let counts = stage.rebuild();
     stage.assert_primed(counts, 1, ALL - 1);
     assert_eq!(stage.project.run(), sum(2, 1));
+}
+
+#[test]
+fn a_client_whose_workspace_cannot_be_seen_misses_what_it_begins_with_and_no_more() {
+    let stage = Stage::unseen();
+    let first_misses = 2 * JOBS;
+    stage.common(2);
+    let counts = stage.rebuild();
+    stage.assert_missed_at_most(counts, first_misses);
+    assert_eq!(stage.project.run(), sum(2, 1));
+
+    stage.project.write("include/new.h", "#define NEW 10\n");
+    stage.project.write(
+        "include/common.h",
+        "#include \"new.h\"\n#define COMMON NEW\n",
+    );
+    let counts = stage.rebuild();
+    stage.assert_missed_at_most(counts, first_misses);
+    assert_eq!(stage.project.run(), sum(10, 1));
 }
 
 #[test]
