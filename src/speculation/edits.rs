@@ -1082,12 +1082,12 @@ mod tests {
         assert!(scene.learn(1, &with(&sources[1])), "it reads it by itself");
         scene.assert_adapted(19, &with(&sources[19]));
         assert!(!scene.learn(2, &with(&sources[2])));
-        for round in 3..15 {
-            scene.learn(round, &without(&sources[round]));
+        for (round, source) in sources.iter().enumerate().take(15).skip(3) {
+            scene.learn(round, &without(source));
         }
         scene.assert_adapted(19, &without(&sources[19]));
-        for round in 15..17 {
-            scene.learn(round, &with(&sources[round]));
+        for (round, source) in sources.iter().enumerate().take(17).skip(15) {
+            scene.learn(round, &with(source));
         }
         scene.assert_adapted(19, &with(&sources[19]));
         assert!(!scene.learn(17, &without(&sources[17])), "for good");

@@ -380,6 +380,7 @@ pub mod fixture {
     pub struct Dice(pub u64);
 
     impl Dice {
+        /// A number below `sides`.
         pub fn roll(&mut self, sides: usize) -> usize {
             self.0 ^= self.0 << 13;
             self.0 ^= self.0 >> 7;
