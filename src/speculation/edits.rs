@@ -25,8 +25,8 @@ use crate::reapi::{self, FileNode, NodeProperties, SymlinkNode};
 
 /// A tree that differs in more entries than this is another one, and teaches nothing.
 const MAX_DIFFERENCES: usize = 1000;
-/// Directories that one comparison looks at.
-const MAX_VISITS: usize = 10_000;
+/// Entries that one comparison looks at.
+const MAX_ENTRIES: usize = 1_000_000;
 /// What is remembered; when there is more, it is about a time that is over.
 const MAX_LEARNED: usize = 4000;
 /// A guess that was wrong so often is never made again.
@@ -71,7 +71,7 @@ impl Edit {
             trees,
             edit: Edit::default(),
             has_common: old == new,
-            visits: 0,
+            seen: 0,
         };
         comparison.compare(Some(old), Some(new), "")?;
         comparison.has_common.then_some(comparison.edit)
@@ -115,7 +115,7 @@ struct Comparison<'a> {
     trees: &'a Trees,
     edit: Edit,
     has_common: bool,
-    visits: usize,
+    seen: usize,
 }
 
 impl Comparison<'_> {
@@ -124,12 +124,11 @@ impl Comparison<'_> {
         if old == new {
             return Some(());
         }
-        self.visits += 1;
-        let too_large = self.visits > MAX_VISITS || self.edit.size() > MAX_DIFFERENCES;
-        if too_large {
+        let (old, new) = (self.listed(old, path)?, self.listed(new, path)?);
+        self.seen += 1 + old.size() + new.size();
+        if self.seen > MAX_ENTRIES || self.edit.size() > MAX_DIFFERENCES {
             return None;
         }
-        let (old, new) = (self.listed(old, path)?, self.listed(new, path)?);
         for (name, entry) in &old.entries {
             match new.entries.get(name) {
                 Some(now) if now == entry => self.has_common = true,
@@ -210,6 +209,12 @@ impl Comparison<'_> {
 struct Listed {
     entries: BTreeMap<String, Entry>,
     directories: BTreeMap<String, Digest>,
+}
+
+impl Listed {
+    fn size(&self) -> usize {
+        self.entries.len() + self.directories.len()
+    }
 }
 
 fn child(path: &str, name: &str) -> String {
@@ -407,36 +412,40 @@ impl Learned {
 
     /// Holds what was expected of this execution to what it shows.
     fn judge(&mut self, lesson: &Lesson<'_>) -> bool {
+        let edit = lesson.edit;
         let mut news = false;
         for implied in &mut self.implied {
-            let old = Standing::at(&implied.path, lesson.base.input_root, lesson.trees);
-            let (was_possible, now) = match implied.fate {
-                Fate::Appears => (
-                    old == Standing::Nothing,
-                    lesson.edit.appeared.get(&implied.path),
-                ),
+            let (possible, shown) = match implied.fate {
+                Fate::Appears => (Standing::Nothing, edit.appeared.get(&implied.path)),
                 Fate::Vanishes => (
-                    old == Standing::Entry(implied.entry.clone()),
-                    lesson.edit.vanished.get(&implied.path),
+                    Standing::Entry(implied.entry.clone()),
+                    edit.vanished.get(&implied.path),
                 ),
             };
-            for cause in &mut implied.causes {
-                if !was_possible || !lesson.edit.touches(&cause.file) || !lesson.reads(&cause.file)
-                {
-                    continue;
-                }
-                let before = cause.is_believed();
-                match now {
-                    Some(_) => cause.confirmed += 1,
-                    None => cause.refuted += 1,
-                }
-                news |= before != cause.is_believed();
-            }
-            if let Some(now) = now
+            if implied.fate == Fate::Appears
+                && let Some(now) = shown
                 && *now != implied.entry
             {
                 implied.entry = now.clone();
                 news = true;
+            }
+            let causes = implied.causes.iter_mut();
+            let mut causes = causes
+                .filter(|cause| cause.vanished || edit.touches(&cause.file))
+                .filter(|cause| lesson.reads(&cause.file))
+                .peekable();
+            let was_possible =
+                || Standing::at(&implied.path, lesson.base.input_root, lesson.trees) == possible;
+            if causes.peek().is_none() || !was_possible() {
+                continue;
+            }
+            for cause in causes {
+                let before = cause.is_believed();
+                match shown {
+                    Some(_) => cause.confirmed += 1,
+                    None => cause.refuted += 1,
+                }
+                news |= before != cause.is_believed();
             }
         }
         news
@@ -1013,6 +1022,28 @@ mod tests {
     }
 
     #[test]
+    fn trees_with_more_paths_than_any_real_one_teach_nothing() {
+        let mut trees = Trees::new();
+        let mut root_of = |content: &str| {
+            let leaf = encode(&files(&[("file", content)]), &mut trees);
+            (0..40).fold(leaf, |below, _| {
+                let directories = ["a", "b"].map(|name| reapi::DirectoryNode {
+                    name: name.to_owned(),
+                    digest: Some(below.to_proto()),
+                });
+                let (digest, encoded) = Digest::of_message(&reapi::Directory {
+                    directories: directories.into(),
+                    ..reapi::Directory::default()
+                });
+                trees.insert(digest, Arc::new(Directory::parse(encoded).unwrap()));
+                digest
+            })
+        };
+        let (old, new) = (root_of("old"), root_of("new"));
+        assert_eq!(Edit::between(old, new, &trees), None);
+    }
+
+    #[test]
     fn what_must_not_be_rewritten_teaches_nothing() {
         let mut trees = Trees::new();
         let old = encode(&files(&[("a.h", "a"), ("b.h", "b")]), &mut trees);
@@ -1075,22 +1106,25 @@ mod tests {
         let sources: Vec<String> = (0..20).map(|number| format!("{number}.c")).collect();
         let trees: Vec<Flat> = sources.iter().map(|source| reads(source)).collect();
         let mut scene = Scene::of(&trees.iter().collect::<Vec<_>>());
-        let without = |source: &str| files(&[(source, "source"), ("common.h", "new")]);
-        let with = |source: &str| files(&[(source, "source"), ("common.h", "new"), ("x.h", "x")]);
-        assert!(scene.learn(0, &without(&sources[0])));
-        scene.assert_adapted(19, &without(&sources[19]));
-        assert!(scene.learn(1, &with(&sources[1])), "it reads it by itself");
-        scene.assert_adapted(19, &with(&sources[19]));
-        assert!(!scene.learn(2, &with(&sources[2])));
-        for (round, source) in sources.iter().enumerate().take(15).skip(3) {
-            scene.learn(round, &without(source));
+        let without = |number: usize| files(&[(&sources[number], "source"), ("common.h", "new")]);
+        let with = |number: usize| {
+            let source: &str = &sources[number];
+            files(&[(source, "source"), ("common.h", "new"), ("x.h", "x")])
+        };
+        assert!(scene.learn(0, &without(0)));
+        scene.assert_adapted(19, &without(19));
+        assert!(scene.learn(1, &with(1)), "it reads it by itself");
+        scene.assert_adapted(19, &with(19));
+        assert!(!scene.learn(2, &with(2)));
+        for number in 3..15 {
+            scene.learn(number, &without(number));
         }
-        scene.assert_adapted(19, &without(&sources[19]));
-        for (round, source) in sources.iter().enumerate().take(17).skip(15) {
-            scene.learn(round, &with(source));
+        scene.assert_adapted(19, &without(19));
+        for number in 15..17 {
+            scene.learn(number, &with(number));
         }
-        scene.assert_adapted(19, &with(&sources[19]));
-        assert!(!scene.learn(17, &without(&sources[17])), "for good");
+        scene.assert_adapted(19, &with(19));
+        assert!(!scene.learn(17, &without(17)), "for good");
     }
 
     #[test]
@@ -1109,9 +1143,12 @@ mod tests {
     fn a_header_that_another_one_hides_vanishes_for_all_who_read_it() {
         let reads = |source: &'static str| files(&[(source, "source"), ("b/x.h", "b")]);
         let now = |source: &'static str| files(&[(source, "source"), ("a/x.h", "a")]);
-        let mut scene = Scene::of(&[&reads("a.c"), &reads("b.c")]);
+        let mut scene = Scene::of(&[&reads("a.c"), &reads("b.c"), &reads("c.c")]);
         assert!(scene.learn(0, &now("a.c")));
         scene.assert_adapted(1, &now("b.c"));
+        // It looks for headers in another order.
+        assert!(scene.learn(2, &reads("c.c")));
+        scene.assert_adapted(1, &reads("b.c"));
     }
 
     #[test]

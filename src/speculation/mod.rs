@@ -2,7 +2,8 @@
 //! executes ahead of time what the next build will ask for.
 //!
 //! `engine` receives what the proxy's taps saw and asks the others to act: `record` → `store` →
-//! `generate` after a build; `schedule` → `resolve` → `instantiate` when the next one begins.
+//! `generate` after a build; `schedule` → `resolve` → `instantiate` when the next one begins, and
+//! again when `edits` has learned from what clients execute themselves.
 //! The proxy holds an [`Engine`] and asks it one question: is this digest in flight?
 
 mod activity;

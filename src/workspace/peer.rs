@@ -70,7 +70,27 @@ impl Peer {
     pub fn is_on_this_machine(&self) -> bool {
         match self.origin {
             PeerOrigin::Local { .. } => true,
-            PeerOrigin::Tcp(address) => address.ip().is_loopback(),
+            // A socket that takes both kinds shows IPv4 addresses as IPv6 ones.
+            PeerOrigin::Tcp(address) => address.ip().to_canonical().is_loopback(),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn who_comes_by_the_loopback_device_is_on_this_machine() {
+        for (address, expected) in [
+            ("127.0.0.1:1", true),
+            ("[::1]:1", true),
+            ("[::ffff:127.0.0.1]:1", true),
+            ("192.0.2.1:1", false),
+            ("[::ffff:192.0.2.1]:1", false),
+        ] {
+            let peer = Peer::new(PeerOrigin::Tcp(address.parse().unwrap()));
+            assert_eq!(peer.is_on_this_machine(), expected, "{address}");
         }
     }
 }

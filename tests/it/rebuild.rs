@@ -6,8 +6,8 @@ use tempfile::TempDir;
 use crate::project::{FEW, Project, UNITS};
 use crate::support::{Casd, Counts, Primed, scratch, tool};
 
-/// Compiles that make runs at a time.
-const JOBS: u64 = 2;
+/// What may be missed before a miss has taught anything: make runs two compiles at a time.
+const FIRST_MISSES: u64 = 4;
 /// Every compile and the link.
 const ALL: u64 = UNITS as u64 + 2;
 
@@ -36,7 +36,10 @@ impl Stage {
         let primed = Primed::start_with(scratch.path(), &casd.address(), &arguments);
         let server = format!("http://127.0.0.1:{}", primed.port());
         let elsewhere = [("RECC_TOOL_INVOCATION_ID", "elsewhere:1")];
-        Stage::begin(scratch, casd, primed, &server, &elsewhere)
+        let stage = Stage::begin(scratch, casd, primed, &server, &elsewhere);
+        let status = stage.primed.status();
+        assert_eq!(status["builds"][0]["label"], "recc", "it shows no place");
+        stage
     }
 
     fn begin(
@@ -251,10 +254,9 @@ fn a_project_root_above_the_working_directory_is_found() {
 #[test]
 fn a_client_whose_workspace_cannot_be_seen_misses_what_it_begins_with_and_no_more() {
     let stage = Stage::unseen();
-    let first_misses = 2 * JOBS;
     stage.common(2);
     let counts = stage.rebuild();
-    stage.assert_missed_at_most(counts, first_misses);
+    stage.assert_missed_at_most(counts, FIRST_MISSES);
     assert_eq!(stage.project.run(), sum(2, 1));
 
     stage.project.write("include/new.h", "#define NEW 10\n");
@@ -263,12 +265,12 @@ fn a_client_whose_workspace_cannot_be_seen_misses_what_it_begins_with_and_no_mor
         "#include \"new.h\"\n#define COMMON NEW\n",
     );
     let counts = stage.rebuild();
-    stage.assert_missed_at_most(counts, first_misses);
+    stage.assert_missed_at_most(counts, FIRST_MISSES);
     assert_eq!(stage.project.run(), sum(10, 1));
 }
 
 #[test]
-fn a_new_include_is_missed_without_harm_and_known_the_next_time() {
+fn a_new_include_is_missed_by_what_the_build_begins_with_and_known_from_then_on() {
     let stage = Stage::set(&[]);
     stage.project.write("include/new.h", "#define NEW 10\n");
     stage.project.write(
@@ -276,18 +278,7 @@ fn a_new_include_is_missed_without_harm_and_known_the_next_time() {
         "#include \"new.h\"\n#define COMMON NEW\n",
     );
     let counts = stage.rebuild();
-    let compiles = UNITS as u64;
-    assert_eq!(counts.asked, ALL, "{counts:?}");
-    assert_eq!(counts.cached, 1, "{counts:?}");
-    assert_eq!(
-        counts.missed,
-        compiles + 1 - counts.hit - counts.joined,
-        "{counts:?}"
-    );
-    assert!(
-        counts.missed >= compiles,
-        "what reads the new file: {counts:?}"
-    );
+    stage.assert_missed_at_most(counts, FIRST_MISSES);
     assert_eq!(stage.project.run(), sum(10, 1));
 
     stage.project.write("include/new.h", "#define NEW 11\n");
