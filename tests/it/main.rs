@@ -15,6 +15,7 @@ mod grpcio;
 mod http2;
 mod listeners;
 mod local_cas;
+mod nested;
 mod project;
 mod protocol;
 mod proxy;
