@@ -1,12 +1,9 @@
 //! Real BuildStream, whose elements are built by primed's upstream, and compile there with recc
 //! through the daemon that runs them: actions that have actions executed, all by way of primed.
 //!
-//!     bst ──► primed ──► buildbox-casd, the worker ──► sandbox: make, recc
-//!               ▲                  │                            │
-//!               └── instance NX ───┴──── instance "nested" ◄────┘
+//!     bst ──► primed ──► backend ──► sandbox: make, recc ──► worker's casd ──► primed ──► backend
 //!
-//! The worker's own address is primed's upstream, so parents come to primed with no instance's
-//! name, and nested actions with `NX`.
+//! Parents come to primed with no instance's name, and nested actions with `NX`.
 
 #![allow(
     clippy::unwrap_used,
@@ -16,7 +13,7 @@
 
 use std::fmt::Write as _;
 use std::fs::OpenOptions;
-use std::os::unix::fs::symlink;
+use std::os::unix::fs::{PermissionsExt, symlink};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
@@ -43,52 +40,73 @@ pub enum Headers {
     InChroot,
 }
 
-/// A project, BuildStream to build it, primed, and a worker.
+/// Which casd the sandboxes talk to, in whose caches nested calls are looked up first.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Worker {
+    /// One beside the backend, as the workers of a cluster have. What was executed elsewhere is not
+    /// in its caches, so primed sees each lookup.
+    Apart,
+    /// The backend itself, which sends nested calls back through primed. It knows the results of
+    /// all that it executed: primed sees the lookups that miss, and of those that hit only that the
+    /// outputs are looked for (`FindMissingBlobs`).
+    Backend,
+}
+
+/// A project, BuildStream to build it, primed, and casd.
 pub struct Stage {
     pub primed: Primed,
-    _worker: Daemon,
+    _casds: Vec<Daemon>,
     directory: TempDir,
 }
 
 impl Stage {
-    pub fn start(headers: Headers) -> Self {
+    pub fn start(worker: Worker, headers: Headers) -> Self {
         let directory = scratch();
         let path = directory.path();
         write_project(&path.join("project"), headers);
-        let upstream = format!("unix:{}", path.join("worker.sock").display());
-        let listen = format!("unix:{}/primed.sock,127.0.0.1:0", path.display());
-        let primed = Primed::start_with(path, &upstream, &["--listen", &listen]);
 
-        let remote = |service: &str| format!("--{service}-remote={}", primed.address());
-        let remotes = ["cas", "ac", "exec"].map(remote);
-        let wired = [
-            "--proxy-instance=nested:NX",
-            &remotes[0],
-            &remotes[1],
-            &remotes[2],
-        ];
-        // A wired casd asks its remote for its capabilities before it listens. So that primed can
-        // answer for an upstream that is not there yet, it must have been there once: as a plain
-        // casd, which another one asks by way of primed.
-        let plain = casd(path, "worker", "plain", &["--local-server-instance=NX"]);
-        drop(casd(path, "asking", "asking", &wired));
-        drop(plain);
-        std::fs::remove_file(path.join("worker.sock")).unwrap();
+        let address = |name: &str| format!("unix:{}/{name}.sock", path.display());
+        let remotes = ["cas", "ac", "exec"]
+            .map(|service| format!("--{service}-remote={}", address("primed")));
+        let mut asks_primed = vec!["--proxy-instance=nested:NX"];
+        asks_primed.extend(remotes.iter().map(String::as_str));
+        let serves = ["--local-server-instance=", "--local-server-instance=NX"];
 
-        let run = format!("--buildbox-run={}", tool("buildbox-run").display());
+        let remote = match worker {
+            Worker::Apart => address("worker"),
+            Worker::Backend => address("backend"),
+        };
+        let run = path.join("run");
+        write_runner(&run, &remote);
+        let run = format!("--buildbox-run={}", run.display());
         let jobs = format!("--jobs={JOBS}");
-        let mut arguments = vec![
-            run.as_str(),
-            &jobs,
-            "--runner-arg=--nested-instance=nested",
-            "--local-server-instance=",
-            "--local-server-instance=NX",
-        ];
-        arguments.extend(wired);
-        let worker = casd(path, "worker", "worker", &arguments);
+        let executes = [&run, &jobs, "--runner-arg=--nested-instance=nested"];
+
+        let start_primed = || Primed::start(path, &address("backend"));
+        let (primed, casds) = match worker {
+            Worker::Apart => {
+                let backend = casd(path, "backend", &[&serves[..], &executes].concat());
+                let primed = start_primed();
+                let stands_for = ["--proxy-instance=", "--proxy-instance=NX:NX"];
+                let worker = casd(path, "worker", &[&stands_for[..], &asks_primed].concat());
+                (primed, vec![backend, worker])
+            }
+            Worker::Backend => {
+                // A casd asks its remote for its capabilities before it listens. So that primed can
+                // answer for a backend that is not there yet, it must have been there once: one
+                // that asks nobody, of which another casd wants to know by way of primed.
+                let primed = start_primed();
+                let backend = casd(path, "backend", &serves);
+                drop(casd(path, "asking", &asks_primed));
+                drop(backend);
+                std::fs::remove_file(path.join("backend.sock")).unwrap();
+                let all = [&serves[..], &executes, &asks_primed].concat();
+                (primed, vec![casd(path, "backend", &all)])
+            }
+        };
         Stage {
             primed,
-            _worker: worker,
+            _casds: casds,
             directory,
         }
     }
@@ -132,7 +150,8 @@ impl Stage {
     fn bst(&self, arguments: &[&str]) {
         let path = self.directory.path();
         let home = path.join("home").display().to_string();
-        let url = format!("{{ url: 'http://127.0.0.1:{}' }}", self.primed.port());
+        // By a Unix socket, so that primed knows when the client's process ends.
+        let url = format!("{{ url: '{}' }}", self.primed.address());
         let settings = format!(
             "cachedir: {home}/cache\nlogdir: {home}/logs\nsourcedir: {home}/sources\n\
              remote-execution:\n  execution-service: {url}\n  storage-service: {url}\n  \
@@ -160,8 +179,8 @@ impl Stage {
     }
 }
 
-/// A casd in `directory` that listens on the socket `socket`, with a cache of its own.
-fn casd(directory: &Path, socket: &str, name: &str, arguments: &[&str]) -> Daemon {
+/// A casd that listens on `name`.sock in `directory`.
+fn casd(directory: &Path, name: &str, arguments: &[&str]) -> Daemon {
     // Users that are not root would need a setuid fusermount3 for FUSE, and containers often have
     // no FUSE at all. Links work everywhere, but take up to three times as long.
     let fuse = OpenOptions::new().read(true).write(true).open("/dev/fuse");
@@ -169,7 +188,7 @@ fn casd(directory: &Path, socket: &str, name: &str, arguments: &[&str]) -> Daemo
         Ok(_) if rustix::process::geteuid().is_root() => "fuse",
         _ => "copy-or-link",
     };
-    let socket = directory.join(format!("{socket}.sock"));
+    let socket = directory.join(format!("{name}.sock"));
     let mut command = Command::new(tool("buildbox-casd"));
     command
         .env("PATH", path_variable())
@@ -183,6 +202,23 @@ fn casd(directory: &Path, socket: &str, name: &str, arguments: &[&str]) -> Daemo
         connects(&socket)
     });
     daemon
+}
+
+/// Writes a runner for casd that stages from, and sends nested calls to, the casd at `remote`: it
+/// would be the casd that starts it.
+fn write_runner(path: &Path, remote: &str) {
+    let script = format!(
+        "#!/bin/sh\n\
+         for argument; do\n\
+         shift\n\
+         case $argument in --remote=*) argument='--remote={remote}' ;; esac\n\
+         set -- \"$@\" \"$argument\"\n\
+         done\n\
+         exec '{}' \"$@\"\n",
+        tool("buildbox-run").display(),
+    );
+    std::fs::write(path, script).unwrap();
+    std::fs::set_permissions(path, PermissionsExt::from_mode(0o755)).unwrap();
 }
 
 /// Writes the project: a file system with a compiler, `dep.bst`, which installs a header, and
@@ -372,20 +408,29 @@ fn sum_of(dep: i64, units: usize) -> i64 {
     units as i64 * (dep + 10)
 }
 
+/// Runs a test for each way to wire the casds, and each way for headers to come to a compile.
+fn on_each_stage(test: impl Fn(Stage)) {
+    for worker in [Worker::Apart, Worker::Backend] {
+        for headers in [Headers::InTree, Headers::InChroot] {
+            eprintln!("--- {worker:?}, {headers:?}"); // shown where the test fails
+            test(Stage::start(worker, headers));
+        }
+    }
+}
+
 #[test]
 fn elements_that_compile_by_nested_calls_are_built_and_their_calls_seen() {
-    for headers in [Headers::InTree, Headers::InChroot] {
-        let stage = Stage::start(headers);
+    on_each_stage(|stage| {
         stage.build(&["program.bst"]);
-        assert_eq!(stage.sum("program.bst"), sum_of(1, 6), "{headers:?}");
+        assert_eq!(stage.sum("program.bst"), sum_of(1, 6));
         // The taps are beside the calls.
         wait_until("all calls are counted", || {
             stage.asked() >= PARENTS + 2 * NESTED
         });
-        assert_eq!(stage.asked(), PARENTS + 2 * NESTED, "{headers:?}");
+        assert_eq!(stage.asked(), PARENTS + 2 * NESTED);
 
         stage.edit(2);
         stage.build(&["program.bst"]);
-        assert_eq!(stage.sum("program.bst"), sum_of(2, 6), "{headers:?}");
-    }
+        assert_eq!(stage.sum("program.bst"), sum_of(2, 6));
+    });
 }
