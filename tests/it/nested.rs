@@ -17,6 +17,7 @@ use std::os::unix::fs::{PermissionsExt, symlink};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
+use serde_json::Value;
 use tempfile::TempDir;
 
 use crate::support::{Counts, Daemon, Primed, connects, scratch, tools, wait_until};
@@ -171,12 +172,40 @@ impl Stage {
         assert_eq!(process.exit_code(), Some(0), "{arguments:?}");
     }
 
+    /// All builds of `element`, the newest first: so many, and all that belongs to them has come.
+    pub fn parents(&self, element: &str, number: i64) -> Vec<Built> {
+        self.primed.wait();
+        let status = self.primed.status();
+        let place = format!("buildstream/nest/{element}");
+        let is_of = |build: &&Value| {
+            build["parent"] == "action" && build["label"].as_str().unwrap().contains(&place)
+        };
+        let builds = status["builds"].as_array().unwrap();
+        let builds = builds.iter().filter(is_of).map(|build| Built {
+            counts: Counts::of(build),
+            started: build["started_unix_ms"].as_i64().unwrap(),
+            ended: build["ended_unix_ms"].as_i64().unwrap(),
+        });
+        let builds: Vec<_> = builds.collect();
+        assert_eq!(builds.len() as i64, number, "{element}: {status}");
+        builds
+    }
+
     /// What was asked for in all builds so far.
     pub fn asked(&self) -> u64 {
         let status = self.primed.status();
         let builds = status["builds"].as_array().unwrap();
         builds.iter().map(|build| Counts::of(build).asked).sum()
     }
+}
+
+/// A build of an element, as `primed status` shows it.
+#[derive(Clone, Debug)]
+pub struct Built {
+    pub counts: Counts,
+    /// Milliseconds since 1970.
+    pub started: i64,
+    pub ended: i64,
 }
 
 /// A casd that listens on `name`.sock in `directory`.
@@ -433,4 +462,53 @@ fn elements_that_compile_by_nested_calls_are_built_and_their_calls_seen() {
         stage.build(&["program.bst"]);
         assert_eq!(stage.sum("program.bst"), sum_of(2, 6));
     });
+}
+
+#[test]
+fn after_each_change_of_a_dependency_all_nested_calls_of_elements_are_primed() {
+    on_each_stage(|stage| {
+        stage.build(&["program.bst"]);
+        for dep in 2..=3 {
+            stage.primed.wait();
+            stage.edit(dep);
+            stage.build(&["program.bst"]);
+            assert_eq!(stage.sum("program.bst"), sum_of(dep, 6));
+            for element in ["library.bst", "program.bst"] {
+                all_primed(&stage.parents(element, dep));
+            }
+        }
+    });
+}
+
+#[test]
+fn nested_calls_of_two_elements_at_a_time_are_primed_for_the_right_one() {
+    on_each_stage(|stage| {
+        let elements = ["library.bst", "other.bst"];
+        stage.build(&elements);
+        stage.primed.wait();
+        stage.edit(2);
+        stage.build(&elements);
+        assert_eq!(stage.sum("other.bst"), sum_of(2, 3));
+        let parents = elements.map(|element| stage.parents(element, 2));
+        for builds in &parents {
+            all_primed(builds);
+        }
+        let [library, other] = parents.map(|builds| builds[0].clone());
+        let began = library.started.max(other.started);
+        let ended = library.ended.min(other.ended);
+        assert!(began < ended, "they were not built at the same time");
+    });
+}
+
+/// The first of these builds of an element missed all its nested calls, and the last none.
+fn all_primed(builds: &[Built]) {
+    let [newest, .., first] = builds else {
+        panic!("{builds:?}");
+    };
+    let counts = |built: &Built| {
+        let Counts { hit, joined, .. } = built.counts;
+        (built.counts.asked, hit + joined, built.counts.missed)
+    };
+    assert_eq!(counts(first), (NESTED, 0, NESTED), "{first:?}");
+    assert_eq!(counts(newest), (NESTED, NESTED, 0), "{newest:?}");
 }
