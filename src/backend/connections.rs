@@ -197,6 +197,9 @@ impl Connections {
             .max_send_buffer_size(SEND_BUFFER)
             .data_frame_budget(DATA_FRAME_BUDGET)
             .max_concurrent_reset_streams(1024)
+            // Answers to calls that clients have cancelled, when there are many of these: no reason
+            // to give up the calls of others (h2's limit is 1,024 in a connection's lifetime).
+            .max_local_error_reset_streams(None)
             .enable_push(false)
             .handshake(stream)
             .await

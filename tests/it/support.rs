@@ -324,11 +324,15 @@ pub struct Counts {
 impl Counts {
     /// The newest build of `status`.
     pub fn newest(status: &Value) -> Self {
-        let build = &status["builds"][0];
+        Counts::of(&status["builds"][0])
+    }
+
+    /// One of the builds of a status.
+    pub fn of(build: &Value) -> Self {
         let count = |name: &str| {
             build[name]
                 .as_u64()
-                .unwrap_or_else(|| panic!("the newest build has no {name}: {status}"))
+                .unwrap_or_else(|| panic!("the build has no {name}: {build}"))
         };
         Counts {
             asked: count("asked"),
