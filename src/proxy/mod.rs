@@ -33,7 +33,7 @@ use crate::http2::body::Body;
 use crate::reapi::{self, digest_function};
 use crate::speculation::Engine;
 use crate::speculation::flights::FlightKey;
-use crate::speculation::observation::{Call as Observed, CallOrigin, Observation};
+use crate::speculation::observation::{Call as Observed, CallOrigin};
 use crate::task;
 use crate::workspace::peer::Peer;
 
@@ -103,7 +103,7 @@ impl Proxy {
             began: Instant::now(),
         };
         if let (Some(engine), true) = (&self.engine, first) {
-            engine.observe(Observation::FirstCall(call.origin()));
+            engine.observe_first(call.origin());
         }
         let this = self.clone();
         match (call.head.path.path(), &self.engine) {

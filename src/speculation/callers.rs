@@ -13,7 +13,7 @@ use super::observation::CallOrigin;
 use super::parent::{ActionParent, ParentIdentity, ParentKind};
 use crate::reapi::RequestMetadata;
 use crate::workspace::peer::{Peer, PeerOrigin};
-use crate::workspace::process::{self, Process};
+use crate::workspace::process::{Lineage, Process, Seen};
 
 /// Connections whose clients are remembered; those forgotten are identified again.
 const MAX_CONNECTIONS: usize = 100_000;
@@ -56,7 +56,8 @@ pub struct Caller {
 }
 
 impl Caller {
-    /// Finds out who calls. Reads `/proc`, some microseconds for each ancestor.
+    /// Finds out who calls. Reads `/proc`, some microseconds for each ancestor, unless the peer's
+    /// lineage is known.
     ///
     /// For local peers the process tree decides. recc says `host:ppid` of itself; where that is
     /// not the parent of whoever connected, the connection is a proxy's (buildbox-casd's, say),
@@ -67,49 +68,46 @@ impl Caller {
         } else {
             None
         };
-        let (connected, uid) = match peer.origin() {
-            PeerOrigin::Local { pid, uid } => (pid.and_then(Process::find), Some(uid)),
-            PeerOrigin::Tcp(_) => (None, None),
+        let uid = match peer.origin() {
+            PeerOrigin::Local { uid, .. } => Some(uid),
+            PeerOrigin::Tcp(_) => None,
         };
-        let by_proxy = match (&connected, &named) {
-            (Some(connected), Some(named)) => !connected.is_child_of(named),
+        let connected = peer.lineage();
+        let by_proxy = match (connected, &named) {
+            (Some(connected), Some(named)) => !connected.client.process.is_child_of(named),
             (None, _) => true,
             (Some(_), None) => false,
         };
-        // The client itself, or where that cannot be seen, the process that it works for.
-        let client = if by_proxy {
-            named.clone().or(connected)
-        } else {
-            connected
+        // Of the client itself, or where that cannot be seen, of the process that it works for.
+        let lineage = match &named {
+            Some(named) if by_proxy => Some(Lineage::of(named.clone())),
+            _ => connected.cloned(),
         };
-        let build_tool = client.as_ref().and_then(process::topmost_build_tool);
+        let build_tool = lineage.as_ref().and_then(|it| it.build_tool.clone());
         let ends_by_silence = build_tool.is_none();
-        let tool = build_tool.or(named);
+        let tool = build_tool.or_else(|| named.map(Seen::from));
+        let client = lineage.as_ref().map(|lineage| &lineage.client);
+        let worker = tool.as_ref().or(client);
         let key = match (&tool, invocation(&metadata)) {
-            (Some(tool), _) => BuildKey::Process(tool.clone()),
             (None, Some(id)) => BuildKey::Invocation(id),
-            (None, None) => match &client {
-                Some(client) => BuildKey::Process(client.clone()),
+            _ => match worker {
+                Some(worker) => BuildKey::Process(worker.process.clone()),
                 None => BuildKey::Connection(peer.id()),
             },
         };
-        let worker = tool.as_ref().or(client.as_ref());
         let tool_name = metadata.tool_details.map(|details| details.tool_name);
         Caller {
             key,
             ends_by_silence,
             tool: worker
-                .map(|process| process.name.clone())
+                .map(|worker| worker.process.name.clone())
                 .or(tool_name)
                 .filter(|name| !name.is_empty())
                 .unwrap_or_else(|| "unknown".to_owned()),
-            uid: uid.or_else(|| worker.and_then(Process::uid)),
-            project_root: worker.and_then(Process::working_directory),
-            working_directory: client.as_ref().and_then(Process::working_directory),
-            file_system_root: client.as_ref().map_or_else(PathBuf::new, |client| {
-                let root = client.file_system_root();
-                root.unwrap_or_else(|| PathBuf::from("/"))
-            }),
+            uid: uid.or_else(|| worker.and_then(|worker| worker.process.uid())),
+            project_root: worker.and_then(|worker| worker.working_directory.clone()),
+            working_directory: client.and_then(|client| client.working_directory.clone()),
+            file_system_root: lineage.map_or_else(PathBuf::new, |it| it.file_system_root),
             action: None,
         }
     }
@@ -392,5 +390,29 @@ mod tests {
         callers.forget_build(&seen.key);
         let later = callers.of(&call(tcp_peer("127.0.0.1:4002")), |_| true);
         assert!(matches!(later.key, BuildKey::Invocation(_)));
+    }
+
+    #[test]
+    fn a_client_that_was_seen_is_known_when_it_is_gone() {
+        let mut wrapper = std::process::Command::new("cat")
+            .stdin(std::process::Stdio::piped())
+            .spawn()
+            .unwrap();
+        let pid = wrapper.id() as i32;
+        let local = || {
+            Peer::new(PeerOrigin::Local {
+                pid: Some(pid),
+                uid: 1,
+            })
+        };
+        let (seen, unseen) = (local(), local());
+        assert!(seen.lineage().is_some());
+        drop(wrapper.stdin.take());
+        wrapper.wait().unwrap();
+        let metadata = || invoked_as(&format!("here:{pid}"));
+        let caller = Caller::identify(&seen, metadata(), "here");
+        assert_eq!(caller.working_directory, std::env::current_dir().ok());
+        let caller = Caller::identify(&unseen, metadata(), "here");
+        assert_eq!(caller.working_directory, None);
     }
 }

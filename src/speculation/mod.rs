@@ -73,34 +73,23 @@ impl Engine {
         &self.flights
     }
 
+    /// Tells the engine of the first call on a connection. A client that is new is looked at here
+    /// and now, while it waits for its answer: a compiler wrapper may be gone, with all that stood
+    /// between it and the build tool, before the engine has its turn.
+    pub fn observe_first(&self, origin: CallOrigin) {
+        if let PeerOrigin::Local { pid: Some(pid), .. } = origin.peer.origin() {
+            // A process that opens one connection after the other is known.
+            if self.latest_process.swap(pid, Ordering::Relaxed) != pid {
+                origin.peer.lineage();
+            }
+        }
+        self.observe(Observation::FirstCall(origin));
+    }
+
     /// Tells the engine what a tap saw. If the engine is too far behind, the observation is
     /// dropped and counted.
     pub fn observe(&self, observation: Observation) {
-        let urgent = self.is_urgent(&observation);
-        self.tell(observation, urgent);
-    }
-
-    /// Whether the engine should look at it at once: somebody waits for it, or who called may be
-    /// gone in a moment. A process that opens one connection after the other is known.
-    fn is_urgent(&self, observation: &Observation) -> bool {
-        match observation {
-            Observation::FirstCall(origin) => match origin.peer.origin() {
-                PeerOrigin::Local { pid: Some(pid), .. } => {
-                    self.latest_process.swap(pid, Ordering::Relaxed) != pid
-                }
-                PeerOrigin::Local { pid: None, .. } | PeerOrigin::Tcp(_) => true,
-            },
-            Observation::Question { .. }
-            | Observation::Executing { .. }
-            | Observation::Completing { .. } => true,
-            Observation::Lookup(_) | Observation::Execution(_) | Observation::Disconnected(_) => {
-                false
-            }
-        }
-    }
-
-    /// Puts an observation into the engine's queue. One that there is no room for is dropped.
-    fn tell(&self, observation: Observation, urgent: bool) {
+        let urgent = is_urgent(&observation);
         if self.observations.try_send(observation).is_err() {
             self.count_dropped();
         } else if urgent {
@@ -136,6 +125,18 @@ impl Engine {
         self.observe(question(reply));
         // One that was dropped, or an engine that is gone, drops `reply`: an answer too.
         let _ = tokio::time::timeout_at(deadline.into(), answered).await;
+    }
+}
+
+/// Whether the engine should look at it at once: somebody waits for it, or who called may be gone
+/// in a moment.
+fn is_urgent(observation: &Observation) -> bool {
+    match observation {
+        Observation::FirstCall(origin) => matches!(origin.peer.origin(), PeerOrigin::Tcp(_)),
+        Observation::Question { .. }
+        | Observation::Executing { .. }
+        | Observation::Completing { .. } => true,
+        Observation::Lookup(_) | Observation::Execution(_) | Observation::Disconnected(_) => false,
     }
 }
 

@@ -2,13 +2,17 @@
 
 use std::fmt;
 use std::net::SocketAddr;
+use std::sync::OnceLock;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+
+use super::process::{Lineage, Process};
 
 /// A connected client.
 #[derive(Debug)]
 pub struct Peer {
     id: u64,
     origin: PeerOrigin,
+    lineage: OnceLock<Option<Box<Lineage>>>,
     complained: AtomicBool,
 }
 
@@ -47,6 +51,7 @@ impl Peer {
         Peer {
             id: NEXT_ID.fetch_add(1, Ordering::Relaxed),
             origin,
+            lineage: OnceLock::new(),
             complained: AtomicBool::new(false),
         }
     }
@@ -64,6 +69,16 @@ impl Peer {
     /// How it came in.
     pub fn origin(&self) -> PeerOrigin {
         self.origin
+    }
+
+    /// Its process and those above it, as they were when this was first called; `None` if the
+    /// kernel does not say which process it is, or if that was gone by then.
+    pub fn lineage(&self) -> Option<&Lineage> {
+        let PeerOrigin::Local { pid: Some(pid), .. } = self.origin else {
+            return None;
+        };
+        let lineage = || Process::find(pid).map(Lineage::of).map(Box::new);
+        self.lineage.get_or_init(lineage).as_deref()
     }
 
     /// Whether its processes run on this machine.

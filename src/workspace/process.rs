@@ -72,7 +72,7 @@ impl Hash for Process {
 }
 
 impl Process {
-    /// Looks `pid` up; `None` if there is no such process.
+    /// Looks `pid` up, some microseconds; `None` if there is no such process.
     pub fn find(pid: i32) -> Option<Self> {
         let stat = std::fs::read(format!("/proc/{pid}/stat")).ok()?;
         parse_stat(pid, &stat)
@@ -150,10 +150,51 @@ pub fn name(pid: i32) -> Option<String> {
     Process::find(pid).map(|process| process.name)
 }
 
+/// A process and where it runs, as it was while it lived.
+#[derive(Clone, Debug)]
+pub struct Seen {
+    /// The process.
+    pub process: Process,
+    /// Its working directory.
+    pub working_directory: Option<PathBuf>,
+}
+
+/// A client, and whom it works for.
+#[derive(Clone, Debug)]
+pub struct Lineage {
+    /// The client itself.
+    pub client: Seen,
+    /// The root of its file system.
+    pub file_system_root: PathBuf,
+    /// The process that its build belongs to.
+    pub build_tool: Option<Seen>,
+}
+
+impl Lineage {
+    /// Looks at `client` and at what is above it: some tens of microseconds.
+    pub fn of(client: Process) -> Self {
+        let root = client.file_system_root();
+        Lineage {
+            file_system_root: root.unwrap_or_else(|| PathBuf::from("/")),
+            build_tool: topmost_build_tool(&client).map(Seen::from),
+            client: Seen::from(client),
+        }
+    }
+}
+
+impl From<Process> for Seen {
+    fn from(process: Process) -> Self {
+        Seen {
+            working_directory: process.working_directory(),
+            process,
+        }
+    }
+}
+
 /// The process that a build of `client` belongs to: the nearest build tool at or above it (there
 /// may be wrappers between: `ccache`, `timeout`), and from there the topmost one, with nothing but
 /// build tools and shells between. What lies above the user's login shell is no concern of a build.
-pub fn topmost_build_tool(client: &Process) -> Option<Process> {
+fn topmost_build_tool(client: &Process) -> Option<Process> {
     let mut topmost = None;
     let mut process = client.clone();
     for _ in 0..MAX_ANCESTORS {
