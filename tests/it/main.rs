@@ -16,7 +16,6 @@ mod grpcio;
 mod http2;
 mod listeners;
 mod local_cas;
-#[cfg(feature = "buildstream-tests")]
 mod nested;
 mod project;
 mod protocol;
