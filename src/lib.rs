@@ -23,6 +23,7 @@ pub mod reapi;
 
 pub mod config;
 
+pub mod local_socket;
 pub mod stream;
 pub mod tls;
 

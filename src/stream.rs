@@ -8,9 +8,11 @@ use std::time::Duration;
 
 use rustix::net::sockopt;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
-use tokio::net::{TcpStream, UnixStream};
+use tokio::net::TcpStream;
 use tokio::sync::OwnedSemaphorePermit;
 use tokio_rustls::TlsStream;
+
+use crate::local_socket::LocalSocket;
 
 /// A connection.
 pub struct Stream {
@@ -22,7 +24,7 @@ pub struct Stream {
 /// What carries the bytes.
 pub enum Transport {
     /// A Unix socket.
-    Unix(UnixStream),
+    Unix(LocalSocket),
     /// TCP in the clear.
     Tcp(TcpStream),
     /// TLS over TCP, as client or server. Boxed: its buffers are ten times the size of a socket.

@@ -8,10 +8,11 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use rustix::net::sockopt;
-use tokio::net::{TcpStream, UnixStream};
+use tokio::net::TcpStream;
 use tokio_rustls::rustls::pki_types::ServerName;
 
 use crate::address::Address;
+use crate::local_socket::LocalSocket;
 use crate::stream::{Stream, Transport, tune_tcp};
 use crate::tls::TlsError;
 use crate::tls::client::ClientTls;
@@ -69,12 +70,12 @@ impl Dialer {
     /// ten for the handshake.
     pub async fn dial(&self) -> io::Result<Stream> {
         let transport = match (&self.address, &self.tls) {
-            (Address::Unix(path), _) => Transport::Unix(UnixStream::connect(path).await?),
+            (Address::Unix(path), _) => Transport::Unix(LocalSocket::connect(path).await?),
             (Address::Abstract(name), _) => {
                 let name = std_unix::SocketAddr::from_abstract_name(name)?;
-                let stream = std_unix::UnixStream::connect_addr(&name)?;
-                stream.set_nonblocking(true)?;
-                Transport::Unix(UnixStream::from_std(stream)?)
+                let socket = std_unix::UnixStream::connect_addr(&name)?;
+                socket.set_nonblocking(true)?;
+                Transport::Unix(LocalSocket::new(socket)?)
             }
             (Address::Tcp { host, port }, _) => Transport::Tcp(connect_tcp(host, *port).await?),
             (Address::Tls { host, port }, Some((tls, name))) => {

@@ -10,12 +10,13 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use rustix::fs::Mode;
-use tokio::net::{TcpListener, TcpStream, UnixListener, UnixSocket, UnixStream};
+use tokio::net::{TcpListener, TcpStream, UnixSocket};
 use tokio::sync::OwnedSemaphorePermit;
 
 use super::admission::Admission;
 use super::passed::{Passed, PassedSocket};
 use crate::address::{Address, ListenAddress};
+use crate::local_socket::{LocalListener, LocalSocket, credentials};
 use crate::stream::{Stream, Transport, tune_tcp};
 use crate::tls::server::ServerTls;
 use crate::workspace::peer::PeerOrigin;
@@ -72,7 +73,7 @@ pub struct Listener {
 
 enum Socket {
     Unix {
-        listener: UnixListener,
+        listener: LocalListener,
         /// Removes the file when the listener goes; abstract names and passed sockets need none.
         _file: Option<SocketFile>,
     },
@@ -88,11 +89,10 @@ pub struct Accepted {
 }
 
 enum AcceptedSocket {
+    Unix(std_unix::UnixStream),
     /// Known to the current runtime.
-    Unix(UnixStream),
     Tcp(TcpStream),
     /// On its way to another runtime.
-    DetachedUnix(std_unix::UnixStream),
     DetachedTcp(std::net::TcpStream),
 }
 
@@ -108,24 +108,22 @@ impl Accepted {
     /// What the system said.
     pub fn detach(self) -> io::Result<Self> {
         let socket = match self.socket {
-            AcceptedSocket::Unix(socket) => AcceptedSocket::DetachedUnix(socket.into_std()?),
             AcceptedSocket::Tcp(socket) => AcceptedSocket::DetachedTcp(socket.into_std()?),
-            detached => detached,
+            free => free,
         };
         Ok(Accepted { socket, ..self })
     }
 
-    /// Registers it with the current runtime, if it is detached, and does the TLS handshake, if
+    /// Registers it with the current runtime, if that does not know it yet, and does the TLS handshake, if
     /// there is one. Until the stream is dropped it counts as one of `--max-connections`.
     ///
     /// # Errors
     /// What the system or TLS said; `TimedOut` for a handshake of more than ten seconds.
     pub async fn into_stream(self) -> io::Result<Stream> {
         let transport = match self.socket {
-            AcceptedSocket::Unix(socket) => Transport::Unix(socket),
             AcceptedSocket::Tcp(socket) => tcp(socket, self.tls).await?,
-            AcceptedSocket::DetachedUnix(socket) => {
-                let socket = UnixStream::from_std(socket)?;
+            AcceptedSocket::Unix(socket) => {
+                let socket = LocalSocket::new(socket)?;
                 until_known().await;
                 Transport::Unix(socket)
             }
@@ -264,13 +262,9 @@ impl Listener {
         loop {
             let (socket, origin) = match &self.socket {
                 Socket::Unix { listener, .. } => {
-                    let (stream, _) = listener.accept().await?;
-                    let credentials = stream.peer_cred()?;
-                    let origin = PeerOrigin::Local {
-                        pid: credentials.pid(),
-                        uid: credentials.uid(),
-                    };
-                    (AcceptedSocket::Unix(stream), origin)
+                    let socket = listener.accept().await?;
+                    let (pid, uid) = credentials(&socket)?;
+                    (AcceptedSocket::Unix(socket), PeerOrigin::Local { pid, uid })
                 }
                 Socket::Tcp(listener) => {
                     let (stream, address) = listener.accept().await?;
@@ -296,7 +290,7 @@ impl Listener {
 }
 
 /// Binds `path`; there is no moment at which others may connect who may not later.
-fn bind_unix(path: &Path, shared: bool) -> io::Result<UnixListener> {
+fn bind_unix(path: &Path, shared: bool) -> io::Result<LocalListener> {
     let socket = UnixSocket::new_stream()?;
     // Linux makes the file with the mode that the socket had before, less the process's mask.
     rustix::fs::fchmod(&socket, Mode::from_raw_mode(0o600))?;
@@ -304,13 +298,12 @@ fn bind_unix(path: &Path, shared: bool) -> io::Result<UnixListener> {
     if shared {
         std::fs::set_permissions(path, Permissions::from_mode(0o666))?;
     }
-    socket.listen(BACKLOG)
+    LocalListener::new(socket.listen(BACKLOG)?.into_std()?)
 }
 
 fn unix(listener: std_unix::UnixListener) -> io::Result<Socket> {
-    listener.set_nonblocking(true)?;
     Ok(Socket::Unix {
-        listener: UnixListener::from_std(listener)?,
+        listener: LocalListener::new(listener)?,
         _file: None,
     })
 }
@@ -370,12 +363,8 @@ fn remove_stale(address: &Address, path: &Path) -> Result<Option<File>, ListenEr
 /// Who listens at the other end of `connected`, for people.
 fn holder(connected: io::Result<std_unix::UnixStream>) -> String {
     // On the connecting side the credentials are those of the process that called listen().
-    let pid = connected.and_then(|stream| {
-        stream.set_nonblocking(true)?;
-        Ok(UnixStream::from_std(stream)?.peer_cred()?.pid())
-    });
-    match pid {
-        Ok(Some(pid)) => match process::name(pid) {
+    match connected.and_then(|stream| credentials(&stream)) {
+        Ok((Some(pid), _)) => match process::name(pid) {
             Some(name) => format!("{name} (pid {pid})"),
             None => format!("pid {pid}"),
         },

@@ -48,9 +48,34 @@ pub struct Build {
     /// By a hash: there can be many, and nothing but their number counts.
     asked: HashMap<u64, Asked>,
     hasher: RandomState,
+    tally: Tally,
     saved: Duration,
     /// Results that were primed for it.
     pub primed: u64,
+}
+
+/// How many distinct actions were answered in which way.
+#[derive(Clone, Copy, Debug, Default)]
+struct Tally {
+    cached: u64,
+    hit: u64,
+    joined: u64,
+    missed: u64,
+}
+
+impl Tally {
+    fn of(&mut self, asked: Asked) -> &mut u64 {
+        match asked {
+            Asked::Cached => &mut self.cached,
+            Asked::Hit => &mut self.hit,
+            Asked::Joined => &mut self.joined,
+            Asked::Missed => &mut self.missed,
+        }
+    }
+
+    fn all(&self) -> u64 {
+        self.cached + self.hit + self.joined + self.missed
+    }
 }
 
 impl Build {
@@ -66,6 +91,7 @@ impl Build {
             subactions: HashMap::new(),
             asked: HashMap::new(),
             hasher: RandomState::new(),
+            tally: Tally::default(),
             saved: Duration::ZERO,
             primed: 0,
         }
@@ -73,7 +99,7 @@ impl Build {
 
     /// Whether any action was asked for.
     pub fn has_asked(&self) -> bool {
-        !self.asked.is_empty()
+        self.tally.all() > 0
     }
 
     /// Counts an answer. `saved` is what primed spared the client. The first answer counts, but
@@ -83,9 +109,10 @@ impl Build {
         match self.asked.get(&key) {
             None if self.asked.len() >= MAX_ASKED => return,
             None => {}
-            Some(Asked::Missed) if asked == Asked::Joined => {}
+            Some(Asked::Missed) if asked == Asked::Joined => self.tally.missed -= 1,
             Some(_) => return,
         }
+        *self.tally.of(asked) += 1;
         self.asked.insert(key, asked);
         self.saved += saved;
     }
@@ -108,10 +135,21 @@ impl Build {
             .collect()
     }
 
+    /// Ends it, and gives away what is to be recorded. Only what `status` needs is kept.
+    pub fn end(&mut self, now_unix_ms: i64) -> HashMap<FlightKey, Subaction> {
+        self.ended_unix_ms = Some(now_unix_ms);
+        self.asked = HashMap::new();
+        std::mem::take(&mut self.subactions)
+    }
+
     /// What `primed status` shows of it.
     pub fn status(&self) -> BuildStatus {
-        let count = |which| self.asked.values().filter(|asked| **asked == which).count() as u64;
-        let (hit, joined) = (count(Asked::Hit), count(Asked::Joined));
+        let Tally {
+            cached,
+            hit,
+            joined,
+            missed,
+        } = self.tally;
         BuildStatus {
             id: self.id.clone(),
             parent: match self.caller.action {
@@ -121,11 +159,11 @@ impl Build {
             label: self.caller.parent(&"".into()).label(),
             started_unix_ms: self.started_unix_ms,
             ended_unix_ms: self.ended_unix_ms,
-            asked: self.asked.len() as u64,
-            cached: count(Asked::Cached),
+            asked: self.tally.all(),
+            cached,
             hit,
             joined,
-            missed: count(Asked::Missed),
+            missed,
             primed: self.primed,
             used: hit + joined,
             saved_ms: u64::try_from(self.saved.as_millis()).unwrap_or(u64::MAX),
@@ -195,9 +233,13 @@ mod tests {
         build.count(&key("b"), Asked::Cached, Duration::ZERO);
         build.count(&key("c"), Asked::Hit, second);
         build.count(&key("c"), Asked::Hit, second);
-        let status = build.status();
-        assert_eq!((status.asked, status.cached), (3, 0));
-        assert_eq!((status.hit, status.joined, status.missed), (1, 1, 1));
-        assert_eq!((status.used, status.saved_ms), (2, 2000));
+        for status in [build.status(), {
+            build.end(1);
+            build.status()
+        }] {
+            assert_eq!((status.asked, status.cached), (3, 0));
+            assert_eq!((status.hit, status.joined, status.missed), (1, 1, 1));
+            assert_eq!((status.used, status.saved_ms), (2, 2000));
+        }
     }
 }

@@ -669,8 +669,7 @@ impl State {
             build = build.caller.parent(&"".into()).label(),
             "a build has ended"
         );
-        build.ended_unix_ms = Some(clock::now_unix_ms());
-        let subactions = std::mem::take(&mut build.subactions);
+        let subactions = build.end(clock::now_unix_ms());
         let (known, open) = (&self.parents, &self.open);
         self.primings.retain(|group, _| match group {
             Group::Invocation(key) => known.get(key).is_some_and(|known| {
