@@ -6,6 +6,10 @@
 //! holds what other parents have written, too; it is looked for among their outputs, their sources
 //! and the outputs of their actions, for all of that may be known before the tree is.
 //!
+//! Digest-valued text of the actions of an action parent may name further trees: the root of a
+//! sandbox, say. What stands in them others have put there. Such a tree may be a whole system, so
+//! overlays are made only for what recorded parents have put out.
+//!
 //! A directory on disk counts as the root of input trees only if it is proven: at least one file
 //! below it has the digest that was recorded for its path. Others may have been edited since.
 
@@ -17,12 +21,15 @@ use super::instantiate::MAX_PLACES;
 use super::parent::{BaseAction, Origin, OverlayTable, Parent, WeakKey};
 use super::resolve::roots;
 use crate::cas::Digest;
-use crate::cas::directories::{Trees, child_path};
+use crate::cas::directories::{Holders, Trees, child_path};
 use crate::config::Mode;
 use crate::workspace::index::FileIndex;
 
-/// At how many paths of one tree a file is looked for.
+/// At how many paths of one tree, or of one output, a file is looked for.
 const MAX_PATHS: usize = 16;
+/// Overlays for the files of trees that text names, in all. Where there would be more, the text is
+/// not foreseen.
+const MAX_TEXT_OVERLAYS: usize = 50_000;
 
 /// Where sources are.
 pub enum Sources<'a> {
@@ -67,11 +74,36 @@ pub fn generate(
     if let Sources::Tree { own, others } = sources {
         let read = ReadFiles::of(actions, trees);
         read.add_tree(None, *own, trees, &mut overlays);
-        for other in *others {
+        for other in others.iter().filter(|other| read.depend_on(other)) {
             read.add_other(other, trees, mode, &mut overlays);
         }
     }
     overlays
+}
+
+/// Adds where the files of the trees below `text_roots` came from, as far as `others` have put them
+/// there. Returns whether that is all of it. Blocks.
+pub fn generate_for_texts(
+    text_roots: &[Digest],
+    others: &[Arc<Parent>],
+    trees: &Trees,
+    mode: Mode,
+    overlays: &mut OverlayTable,
+) -> bool {
+    let mut found = OverlayTable::default();
+    let staged = ReadFiles::below(text_roots.iter().copied(), trees);
+    for other in others.iter().filter(|other| staged.hold_most_of(other)) {
+        let put_out = staged.put_out_by(other);
+        put_out.add_other(other, trees, mode, &mut found);
+        if found.iter().count() > MAX_TEXT_OVERLAYS {
+            tracing::debug!("the trees that text names hold too many files of other parents");
+            return false;
+        }
+    }
+    for (target, origin) in found.iter() {
+        overlays.add(*target, origin.clone());
+    }
+    true
 }
 
 /// The files that actions read: their digests, and the names under which they do.
@@ -80,9 +112,14 @@ pub struct ReadFiles(HashMap<Digest, HashSet<String>>);
 impl ReadFiles {
     /// What `actions` read.
     pub fn of(actions: &[Arc<BaseAction>], trees: &Trees) -> Self {
+        ReadFiles::below(actions.iter().map(|base| base.input_root), trees)
+    }
+
+    /// What stands below `roots`.
+    pub fn below(roots: impl Iterator<Item = Digest>, trees: &Trees) -> Self {
         let mut files: HashMap<Digest, HashSet<String>> = HashMap::new();
         let mut visited = HashSet::new();
-        let mut open: Vec<Digest> = actions.iter().map(|base| base.input_root).collect();
+        let mut open: Vec<Digest> = roots.collect();
         while let Some(digest) = open.pop() {
             let Some(directory) = trees.get(&digest).filter(|_| visited.insert(digest)) else {
                 continue;
@@ -103,6 +140,30 @@ impl ReadFiles {
             .any(|(path, digest)| digest.size() > 0 && self.has(digest, path))
     }
 
+    /// Whether more than half of the output of `other` is among them, by name and content. (A whole
+    /// system has some files of anybody's: the text of a licence, say.)
+    pub fn hold_most_of(&self, other: &Parent) -> bool {
+        let outputs = other.executed.iter().flat_map(|executed| &executed.outputs);
+        let (mut held, mut all) = (0, 0);
+        for (path, digest) in outputs.filter(|(_, digest)| digest.size() > 0) {
+            all += 1;
+            held += usize::from(self.has(digest, path));
+        }
+        held * 2 > all
+    }
+
+    /// Those that are outputs of `other`. Empty files are not: any two of them are equal.
+    fn put_out_by(&self, other: &Parent) -> Self {
+        let outputs = other.executed.iter().flat_map(|executed| &executed.outputs);
+        let outputs = outputs.filter(|(path, digest)| digest.size() > 0 && self.has(digest, path));
+        let mut files: HashMap<Digest, HashSet<String>> = HashMap::new();
+        for (path, digest) in outputs {
+            let names = files.entry(*digest).or_default();
+            names.insert(name_of(path).to_owned());
+        }
+        ReadFiles(files)
+    }
+
     fn has(&self, digest: &Digest, path: &str) -> bool {
         let names = self.0.get(digest);
         names.is_some_and(|names| names.contains(name_of(path)))
@@ -118,8 +179,12 @@ impl ReadFiles {
     ) {
         let mut paths: HashMap<Digest, Vec<String>> = HashMap::new();
         let mut places: HashMap<Digest, usize> = HashMap::new();
+        let mut holders = Holders::of(self.0.keys().copied().collect());
         let mut open = vec![(root, String::new())];
         while let Some((digest, path)) = open.pop() {
+            if !holders.contain(digest, trees) {
+                continue;
+            }
             let count = places.entry(digest).or_default();
             *count += 1;
             let Some(directory) = trees.get(&digest).filter(|_| *count <= MAX_PLACES) else {
@@ -150,8 +215,11 @@ impl ReadFiles {
             return;
         };
         let parent = other.identity.weak_key();
+        let mut paths: HashMap<Digest, usize> = HashMap::new();
         for (path, digest) in &executed.outputs {
-            if self.has(digest, path) {
+            let count = paths.entry(*digest).or_default();
+            if *count < MAX_PATHS && self.has(digest, path) {
+                *count += 1;
                 let path = path.clone();
                 overlays.add(*digest, Origin::Artifact { parent, path });
             }

@@ -5,14 +5,15 @@ use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 
 use tokio::sync::{mpsc, oneshot};
+use tonic::Status;
 
 use super::activity::Activity;
 use super::archive::{Import, adopt_waiting};
 use super::callers::Caller;
 use super::carry_over::carry_over;
 use super::flights::FlightKey;
-use super::generate::{ReadFiles, Sources, generate};
-use super::parent::{ExecutedParent, Parent, ParentIdentity, ParentKind, WeakKey};
+use super::generate::{ReadFiles, Sources, generate, generate_for_texts};
+use super::parent::{BaseAction, ExecutedParent, Parent, ParentIdentity, ParentKind, WeakKey};
 use super::record::{Subaction, record};
 use super::share;
 use super::workshop::Workshop;
@@ -178,9 +179,13 @@ impl Recording<'_> {
             (executed, &parent.identity.kind)
         {
             let read = ReadFiles::of(&actions, &trees);
+            parent.text_roots = text_roots(workshop, &action.instance, executed, &actions).await?;
+            let roots = parent.text_roots.clone();
+            trees.extend(load_trees(workshop, &action.instance, roots).await?);
+            let staged = ReadFiles::below(parent.text_roots.iter().copied(), &trees);
             let loaded = load(workshop, keys.clone()).await?;
             others.extend(loaded.into_iter().map(Arc::new));
-            others.retain(|other| read.depend_on(other));
+            others.retain(|other| read.depend_on(other) || staged.hold_most_of(other));
             let of_others = others.iter().filter_map(|other| other.executed.as_ref());
             let roots = of_others
                 .chain([executed])
@@ -199,6 +204,10 @@ impl Recording<'_> {
                 None => Sources::Disk(&index),
             };
             parent.overlays = generate(&actions, &trees, &sources, mode);
+            let (roots, overlays) = (&parent.text_roots, &mut parent.overlays);
+            if !generate_for_texts(roots, &others, &trees, mode, overlays) {
+                parent.text_roots.clear();
+            }
             let dropped = store.save(&parent, &index.take_unsaved());
             (Arc::new(parent), dropped)
         })
@@ -223,6 +232,20 @@ impl Recording<'_> {
     }
 }
 
+/// The roots of trees that the text of `actions` names, where that is text of the parent itself.
+async fn text_roots(
+    workshop: &Workshop,
+    instance: &str,
+    executed: &ExecutedParent,
+    actions: &[Arc<BaseAction>],
+) -> Result<Vec<Digest>, String> {
+    let texts = actions.iter().flat_map(|base| &base.texts);
+    let texts: HashSet<_> = texts.filter(|text| executed.texts.contains(text)).collect();
+    let digests = texts.into_iter().filter_map(|text| text.parse().ok());
+    let roots = workshop.directories.roots(&workshop.cas, instance, digests);
+    roots.await.map_err(unreadable_trees)
+}
+
 /// Those of the parents that are recorded.
 async fn load(workshop: &Workshop, keys: Vec<WeakKey>) -> Result<Vec<Parent>, String> {
     let store = workshop.store.clone();
@@ -244,5 +267,9 @@ async fn load_trees(
 ) -> Result<Trees, String> {
     let trees = workshop.directories.load(&workshop.cas, instance, roots);
     let trees = trees.await;
-    trees.map_err(|status| format!("its input trees cannot be read: {status}"))
+    trees.map_err(unreadable_trees)
+}
+
+fn unreadable_trees(status: Status) -> String {
+    format!("its input trees cannot be read: {status}")
 }

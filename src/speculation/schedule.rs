@@ -14,7 +14,7 @@ use super::flights::{FlightKey, Urgency};
 use super::instantiate::{Adapted, Instantiation, Instantiator, Task, Texts, Unadaptable};
 use super::known::{Known, find_file, find_output};
 use super::parent::{BaseAction, Parent, ParentKind, WeakKey, action_parts};
-use super::resolve::{Current, Node, Resolver, TreeFile};
+use super::resolve::{Current, Node, Resolver, TreeFile, TreeKind};
 use super::workshop::Workshop;
 use crate::cas::Digest;
 use crate::cas::directories::Trees;
@@ -62,11 +62,12 @@ impl Subject {
             let with_texts = with_texts.filter_map(|base| action_parts(&base.encoded).ok());
             let of_bases = commands.entry(identity.instance.clone()).or_default();
             of_bases.extend(with_texts.map(|parts| parts.command));
-            if let ParentKind::Action(action) = &identity.kind
-                && let Some(current) = known.parents.get(&identity.weak_key())
-            {
+            if let ParentKind::Action(action) = &identity.kind {
                 let of_parents = roots.entry(action.instance.clone()).or_default();
-                of_parents.push(current.input_root);
+                match known.parents.get(&identity.weak_key()) {
+                    Some(current) => of_parents.push(current.input_root),
+                    None => of_parents.extend(&parent.text_roots),
+                }
             }
         }
         let mut subject = Subject {
@@ -110,6 +111,8 @@ pub enum Share {
 pub struct Plan {
     subject: Subject,
     keys: Vec<WeakKey>,
+    /// See `Resolver::expected`.
+    expected: HashSet<WeakKey>,
     texts: Vec<Texts>,
     actions: Vec<PlannedAction>,
     producers: HashMap<(WeakKey, Digest), Node>,
@@ -179,6 +182,17 @@ impl Plan {
         let texts = texts
             .map(|(planned, key)| texts_now(&planned.parent, *key, &subject.known))
             .collect();
+        let unasked = subject.parents.iter().zip(&keys);
+        let unasked = unasked.filter(|(planned, key)| {
+            planned.parent.executed.is_some() && !subject.known.parents.contains_key(key)
+        });
+        let expected = unasked.clone();
+        let expected = expected.filter(|(planned, _)| planned.share == Share::Whole);
+        let text_targets = unasked
+            .filter(|(planned, _)| !planned.parent.text_roots.is_empty())
+            .flat_map(|(planned, _)| planned.parent.overlays.iter())
+            .filter(|(_, origin)| origin.parent().is_some())
+            .map(|(target, _)| *target);
         let state = |action: &PlannedAction| match subject.parents[action.parent].share {
             Share::Whole => State::Waiting(0),
             Share::OnDemand => State::Idle,
@@ -190,9 +204,10 @@ impl Plan {
             producers,
             texts,
             actions,
+            expected: expected.map(|(_, key)| *key).collect(),
+            instantiator: Instantiator::new(text_targets.collect()),
             keys,
             subject,
-            instantiator: Instantiator::default(),
             flying: HashMap::new(),
             unchanged: Vec::new(),
             unadaptable: Vec::new(),
@@ -307,6 +322,7 @@ impl Plan {
             let file = TreeFile {
                 node,
                 base,
+                tree: TreeKind::Input,
                 path,
                 digest,
             };
@@ -336,6 +352,7 @@ impl Plan {
             key: self.keys[parent],
             parent: &self.subject.parents[parent].parent,
             known: &self.subject.known,
+            expected: &self.expected,
             trees: &self.subject.trees,
             producers: &self.producers,
         }
@@ -405,6 +422,7 @@ impl Plan {
             key: self.keys[action.parent],
             parent: &self.subject.parents[action.parent].parent,
             known: &self.subject.known,
+            expected: &self.expected,
             trees: &self.subject.trees,
             producers: &self.producers,
         };
