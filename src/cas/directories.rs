@@ -300,11 +300,13 @@ mod tests {
         let mut trees = Trees::new();
         let mut add = |files: &[&str], below: &[(&str, Digest)]| {
             let mut message = reapi::Directory::decode(directory(below)).unwrap();
-            message.files.extend(files.iter().map(|name| reapi::FileNode {
-                name: (*name).to_owned(),
-                digest: Some(Digest::of(name.as_bytes()).to_proto()),
-                ..reapi::FileNode::default()
-            }));
+            message
+                .files
+                .extend(files.iter().map(|name| reapi::FileNode {
+                    name: (*name).to_owned(),
+                    digest: Some(Digest::of(name.as_bytes()).to_proto()),
+                    ..reapi::FileNode::default()
+                }));
             let (digest, encoded) = Digest::of_message(&message);
             trees.insert(digest, Arc::new(Directory::parse(encoded).unwrap()));
             digest

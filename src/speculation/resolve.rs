@@ -233,8 +233,7 @@ impl Resolver<'_> {
     /// Whether a file with these origins is made anew by another parent, which has not been asked
     /// for: not, if it is one of that one's sources, of which no change is known.
     fn is_to_make(&self, other: WeakKey, candidates: &[&Origin]) -> bool {
-        let is_source =
-            |origin: &&Origin| matches!(origin, Origin::Tree { parent: Some(parent), .. } if *parent == other);
+        let is_source = |origin: &&Origin| matches!(origin, Origin::Tree { parent: Some(parent), .. } if *parent == other);
         self.expected.contains(&other) && !candidates.iter().any(is_source)
     }
 
@@ -568,9 +567,11 @@ mod tests {
         let mut scene = scene.origin("a", action(Some(OTHER), "maker", "x"));
         scene.producers.insert((OTHER, digest("maker")), 8);
         assert_eq!(resolve(&scene), Current::Pending(8));
-        let scene = scene
-            .origin("a", tree(Some(OTHER), "source"))
-            .parent(OTHER, ("source", "source"), None);
+        let scene = scene.origin("a", tree(Some(OTHER), "source")).parent(
+            OTHER,
+            ("source", "source"),
+            None,
+        );
         assert_eq!(resolve(&scene), Current::Stored(digest("source")));
     }
 
