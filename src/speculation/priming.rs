@@ -360,6 +360,7 @@ impl Worker {
             // They will be asked for again, in another form than the last time.
             for key in &family.dependents {
                 self.known.parents.remove(key);
+                self.builds.remove(key);
             }
         }
         for key in family.own() {

@@ -41,6 +41,8 @@ pub struct Ended {
     /// What was executed, if it was for an action parent, and recorded parents that it may depend
     /// on.
     pub executed: Option<(Arc<ExecutedParent>, Vec<WeakKey>)>,
+    /// The instances under which its actions are recorded, if it was for an action parent.
+    pub instances: Vec<Arc<str>>,
     /// Counts as activity until it is recorded.
     pub activity: Activity,
 }
@@ -83,8 +85,11 @@ pub async fn run(
             by_instance.entry(key.instance).or_default().push(subaction);
         }
         if let (Some(action), true) = (&build.caller.action, by_instance.is_empty()) {
-            // Others may depend on it all the same.
-            by_instance.insert(action.instance.clone(), Vec::new());
+            // What it runs was answered elsewhere; or it runs nothing, and others may depend on it
+            // all the same.
+            let unknown = build.instances.is_empty().then(|| action.instance.clone());
+            let instances = build.instances.iter().cloned().chain(unknown);
+            by_instance.extend(instances.map(|instance| (instance, Vec::new())));
         }
         for (instance, mut subactions) in by_instance {
             let identity = build.caller.parent(&instance);
