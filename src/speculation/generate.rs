@@ -393,7 +393,9 @@ mod tests {
     use super::*;
     use crate::cas::directories::Directory;
     use crate::reapi;
-    use crate::speculation::parent::fixture;
+    use crate::speculation::parent::{
+        ActionParent, ExecutedParent, ParentIdentity, ParentKind, SubactionKey, fixture,
+    };
 
     /// A tree of one directory with these files.
     fn tree(trees: &mut Trees, files: &[(&str, &str)]) -> Digest {
@@ -476,6 +478,112 @@ mod tests {
             [],
             "a stale object is no source either"
         );
+    }
+
+    /// An element that was built from `sources` in a tree that holds the system, too.
+    fn element(
+        trees: &mut Trees,
+        name: &str,
+        sources: &[(&str, &str)],
+        outputs: &[(&str, &str)],
+    ) -> Parent {
+        let mut parent = Parent::new(ParentIdentity {
+            instance: "".into(),
+            uid: None,
+            kind: ParentKind::Action(ActionParent {
+                instance: "".into(),
+                key: Digest::of(name.as_bytes()),
+                name: name.to_owned(),
+            }),
+        });
+        let outputs = outputs.iter();
+        parent.executed = Some(Arc::new(ExecutedParent {
+            action: Digest::of(name.as_bytes()),
+            input_root: tree(trees, &[sources, &SYSTEM].concat()),
+            texts: Vec::new(),
+            outputs: outputs
+                .map(|(path, content)| ((*path).to_owned(), Digest::of(content.as_bytes())))
+                .collect(),
+        }));
+        parent
+    }
+
+    const SYSTEM: [(&str, &str); 3] = [("gcc", "gcc"), ("COPYING", "licence"), ("stamp", "")];
+
+    #[test]
+    fn of_a_tree_that_text_names_only_what_parents_have_put_there_has_origins() {
+        let mut trees = Trees::new();
+        let outputs = [
+            ("usr/dep.h", "header"),
+            ("usr/dep.o", "object"),
+            ("usr/stamp", ""),
+        ];
+        let mut dep = element(&mut trees, "dep", &[("src.h", "header")], &outputs);
+        let input = dep.executed.as_ref().unwrap().input_root;
+        let compile = action("compile", Path::new("/"), input, &[("o", "object")]);
+        let key = SubactionKey {
+            action_key: compile.digest,
+            mount: None,
+        };
+        dep.actions.insert(key, compile.clone());
+        let outputs = [("COPYING", "licence"), ("a", "a"), ("b", "b")];
+        let unrelated = element(&mut trees, "unrelated", &[], &outputs);
+        let staged = [
+            ("dep.h", "header"),
+            ("dep.o", "object"),
+            ("new", "of nobody"),
+        ];
+        let root = tree(&mut trees, &[&staged[..], &SYSTEM].concat());
+        let parent = dep.identity.weak_key();
+        let others = [Arc::new(dep), Arc::new(unrelated)];
+        let generate = |mode| {
+            let mut table = OverlayTable::default();
+            assert!(generate_for_texts(
+                &[root],
+                &others,
+                &trees,
+                mode,
+                &mut table
+            ));
+            table
+        };
+        let table = generate(Mode::Full);
+        let artifact = |path: &str| Origin::Artifact {
+            parent,
+            path: path.to_owned(),
+        };
+        let source = Origin::Tree {
+            parent: Some(parent),
+            path: "src.h".to_owned(),
+        };
+        let made = Origin::Action {
+            parent: Some(parent),
+            action: compile.digest,
+            path: "o".to_owned(),
+        };
+        assert_eq!(origins(&table, "header"), [artifact("usr/dep.h"), source]);
+        assert_eq!(origins(&table, "object"), [artifact("usr/dep.o"), made]);
+        for content in ["gcc", "licence", "", "of nobody"] {
+            assert_eq!(origins(&table, content), [], "{content}");
+        }
+        let table = generate(Mode::SourceArtifact);
+        assert_eq!(origins(&table, "object"), [artifact("usr/dep.o")]);
+    }
+
+    #[test]
+    fn a_tree_with_too_many_files_of_other_parents_is_left_alone() {
+        let mut trees = Trees::new();
+        let names: Vec<String> = (0..=MAX_TEXT_OVERLAYS).map(|n| n.to_string()).collect();
+        let files: Vec<_> = names
+            .iter()
+            .map(|name| (name.as_str(), name.as_str()))
+            .collect();
+        let root = tree(&mut trees, &files);
+        let others = [Arc::new(element(&mut trees, "large", &[], &files))];
+        let mut table = OverlayTable::default();
+        let generated = generate_for_texts(&[root], &others, &trees, Mode::Full, &mut table);
+        assert!(!generated);
+        assert_eq!(table.iter().count(), 0);
     }
 
     #[test]
