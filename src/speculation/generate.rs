@@ -72,7 +72,7 @@ pub fn generate(
     }
     let mut overlays = generation.finish();
     if let Sources::Tree { own, others } = sources {
-        let read = ReadFiles::of(actions, trees);
+        let read = ReadFiles::below(actions.iter().map(|base| base.input_root), trees);
         read.add_tree(None, *own, trees, &mut overlays);
         for other in others.iter().filter(|other| read.depend_on(other)) {
             read.add_other(other, trees, mode, &mut overlays);
@@ -81,17 +81,16 @@ pub fn generate(
     overlays
 }
 
-/// Adds where the files of the trees below `text_roots` came from, as far as `others` have put them
-/// there. Returns whether that is all of it. Blocks.
+/// Adds where the files `staged` in trees that text names came from, as far as `others` have put
+/// them there. Returns whether that is all of it. Blocks.
 pub fn generate_for_texts(
-    text_roots: &[Digest],
+    staged: &ReadFiles,
     others: &[Arc<Parent>],
     trees: &Trees,
     mode: Mode,
     overlays: &mut OverlayTable,
 ) -> bool {
     let mut found = OverlayTable::default();
-    let staged = ReadFiles::below(text_roots.iter().copied(), trees);
     for other in others.iter().filter(|other| staged.hold_most_of(other)) {
         let put_out = staged.put_out_by(other);
         put_out.add_other(other, trees, mode, &mut found);
@@ -106,20 +105,16 @@ pub fn generate_for_texts(
     true
 }
 
-/// The files that actions read: their digests, and the names under which they do.
+/// Files that actions read: their digests, and the names under which they do.
+#[derive(Default)]
 pub struct ReadFiles(HashMap<Digest, HashSet<String>>);
 
 impl ReadFiles {
-    /// What `actions` read.
-    pub fn of(actions: &[Arc<BaseAction>], trees: &Trees) -> Self {
-        ReadFiles::below(actions.iter().map(|base| base.input_root), trees)
-    }
-
     /// What stands below `roots`.
-    pub fn below(roots: impl Iterator<Item = Digest>, trees: &Trees) -> Self {
+    pub fn below(roots: impl IntoIterator<Item = Digest>, trees: &Trees) -> Self {
         let mut files: HashMap<Digest, HashSet<String>> = HashMap::new();
         let mut visited = HashSet::new();
-        let mut open: Vec<Digest> = roots.collect();
+        let mut open: Vec<Digest> = roots.into_iter().collect();
         while let Some(digest) = open.pop() {
             let Some(directory) = trees.get(&digest).filter(|_| visited.insert(digest)) else {
                 continue;
@@ -538,12 +533,9 @@ mod tests {
         let others = [Arc::new(dep), Arc::new(unrelated)];
         let generate = |mode| {
             let mut table = OverlayTable::default();
+            let staged = ReadFiles::below([root], &trees);
             assert!(generate_for_texts(
-                &[root],
-                &others,
-                &trees,
-                mode,
-                &mut table
+                &staged, &others, &trees, mode, &mut table
             ));
             table
         };
@@ -581,7 +573,8 @@ mod tests {
         let root = tree(&mut trees, &files);
         let others = [Arc::new(element(&mut trees, "large", &[], &files))];
         let mut table = OverlayTable::default();
-        let generated = generate_for_texts(&[root], &others, &trees, Mode::Full, &mut table);
+        let staged = ReadFiles::below([root], &trees);
+        let generated = generate_for_texts(&staged, &others, &trees, Mode::Full, &mut table);
         assert!(!generated);
         assert_eq!(table.iter().count(), 0);
     }

@@ -179,18 +179,24 @@ impl Recording<'_> {
             .actions
             .retain(|_, base| trees.contains_key(&base.input_root));
         let actions: Vec<_> = parent.actions.values().cloned().collect();
-        let mut others = Vec::new();
+        let mut others: Vec<Arc<Parent>> = Vec::new();
+        let mut staged = ReadFiles::default();
         if let (Some((executed, keys)), ParentKind::Action(action)) =
             (executed, &parent.identity.kind)
         {
-            let read = ReadFiles::of(&actions, &trees);
             parent.text_roots = text_roots(workshop, &action.instance, executed, &actions).await?;
             let roots = parent.text_roots.clone();
-            trees.extend(load_trees(workshop, &action.instance, roots).await?);
-            let staged = ReadFiles::below(parent.text_roots.iter().copied(), &trees);
-            let loaded = load(workshop, keys.clone()).await?;
-            others.extend(loaded.into_iter().map(Arc::new));
-            others.retain(|other| read.depend_on(other) || staged.hold_most_of(other));
+            trees.extend(load_trees(workshop, &action.instance, roots.clone()).await?);
+            let known = load(workshop, keys.clone()).await?;
+            let inputs: Vec<_> = actions.iter().map(|base| base.input_root).collect();
+            let found = task::blocking("generation", move || {
+                let read = ReadFiles::below(inputs, &trees);
+                let staged = ReadFiles::below(roots, &trees);
+                let is_used = |other: &Parent| read.depend_on(other) || staged.hold_most_of(other);
+                let others = known.into_iter().filter(is_used).map(Arc::new).collect();
+                (others, staged, trees)
+            });
+            (others, staged, trees) = found.await.ok_or("finding what it depends on failed")?;
             let of_others = others.iter().filter_map(|other| other.executed.as_ref());
             let roots = of_others
                 .chain([executed])
@@ -209,8 +215,7 @@ impl Recording<'_> {
                 None => Sources::Disk(&index),
             };
             parent.overlays = generate(&actions, &trees, &sources, mode);
-            let (roots, overlays) = (&parent.text_roots, &mut parent.overlays);
-            if !generate_for_texts(roots, &others, &trees, mode, overlays) {
+            if !generate_for_texts(&staged, &others, &trees, mode, &mut parent.overlays) {
                 parent.text_roots.clear();
             }
             let dropped = store.save(&parent, &index.take_unsaved());
