@@ -15,6 +15,8 @@ use crate::reapi;
 
 /// Encoded bytes of directories that stay in memory.
 const CACHE_BYTES: u64 = 128 * 1024 * 1024;
+/// A blob that may be the root of a tree is read up to this size in bytes.
+const MAX_ROOT: u64 = 1024 * 1024;
 /// No real tree is deeper; a chain that is longer is left unread below this.
 const MAX_DEPTH: usize = 256;
 
@@ -78,6 +80,39 @@ pub fn child_path(path: &str, name: &str) -> String {
 /// The directories of some trees, all in memory. A digest that is not in it could not be had.
 pub type Trees = HashMap<Digest, Arc<Directory>>;
 
+/// Finds the directories that hold some files, at any depth. Each is looked through once, however
+/// many trees it stands in.
+#[derive(Debug, Default)]
+pub struct Holders {
+    files: HashSet<Digest>,
+    looked_through: HashMap<Digest, bool>,
+}
+
+impl Holders {
+    /// Of one or more of `files`.
+    pub fn of(files: HashSet<Digest>) -> Self {
+        Holders {
+            files,
+            looked_through: HashMap::new(),
+        }
+    }
+
+    /// Whether `directory` is one. One that could not be had may be.
+    pub fn contain(&mut self, directory: Digest, trees: &Trees) -> bool {
+        if let Some(known) = self.looked_through.get(&directory) {
+            return *known;
+        }
+        let holds = trees.get(&directory).is_none_or(|directory| {
+            let mut files = directory.files.iter();
+            let mut below = directory.directories.iter();
+            files.any(|(_, file)| self.files.contains(file))
+                || below.any(|(_, child)| self.contain(*child, trees))
+        });
+        self.looked_through.insert(directory, holds);
+        holds
+    }
+}
+
 /// Parsed directories by digest, of all instances: equal digests are equal bytes.
 #[derive(Clone)]
 pub struct DirectoryCache {
@@ -102,6 +137,29 @@ impl DirectoryCache {
     /// Adds a directory that primed made itself, so that it need not be fetched back.
     pub fn insert(&self, digest: Digest, directory: Arc<Directory>) {
         self.parsed.insert(digest, directory);
+    }
+
+    /// Those of `candidates` that name a directory. Of others nothing is said.
+    ///
+    /// # Errors
+    /// The backend's status, when it cannot be asked at all.
+    pub async fn roots(
+        &self,
+        cas: &Cas,
+        instance: &str,
+        candidates: impl IntoIterator<Item = Digest>,
+    ) -> Result<Vec<Digest>, Status> {
+        let small = candidates
+            .into_iter()
+            .filter(|root| root.size() <= MAX_ROOT);
+        let (mut roots, unknown): (Vec<_>, Vec<_>) =
+            small.partition(|root| self.parsed.contains_key(root));
+        let blobs = cas.fetch(instance, unknown).await?.into_iter();
+        let directories = blobs.filter(|(_, blob)| Directory::parse(blob.clone()).is_some());
+        roots.extend(directories.map(|(root, _)| root));
+        roots.sort_unstable();
+        roots.dedup();
+        Ok(roots)
     }
 
     /// Loads all directories below `roots`. What the backend does not hold, or holds malformed,
@@ -217,6 +275,51 @@ mod tests {
         assert_eq!(trees.len(), 1 + MAX_DEPTH);
         assert!(trees.contains_key(&roots[0]) && trees.contains_key(&top));
         assert!(!trees.contains_key(&bottom));
+    }
+
+    #[tokio::test]
+    async fn only_directories_are_roots() {
+        let file = Bytes::from_static(b"\xff\xff\xff");
+        let root = directory(&[("empty", Digest::of(b""))]);
+        let large = directory(&[(&"n".repeat(MAX_ROOT as usize), Digest::of(b""))]);
+        let memory = Memory::holding([file.clone(), root.clone(), large.clone()]);
+        let cas = Cas::new(memory.clone());
+        let cache = DirectoryCache::default();
+        let candidates = [&file, &root, &large, &Bytes::from_static(b"absent")];
+        let candidates = candidates.map(|blob| Digest::of(blob));
+        let found = cache.roots(&cas, "", candidates).await.unwrap();
+        assert_eq!(found, [Digest::of(&root)]);
+        cache.load(&cas, "", found.clone()).await.unwrap();
+        let before = memory.batches_read.lock().len();
+        assert_eq!(cache.roots(&cas, "", [found[0]]).await.unwrap(), found);
+        assert_eq!(memory.batches_read.lock().len(), before, "it is known");
+    }
+
+    #[test]
+    fn directories_hold_what_stands_anywhere_below_them() {
+        let mut trees = Trees::new();
+        let mut add = |files: &[&str], below: &[(&str, Digest)]| {
+            let mut message = reapi::Directory::decode(directory(below)).unwrap();
+            message
+                .files
+                .extend(files.iter().map(|name| reapi::FileNode {
+                    name: (*name).to_owned(),
+                    digest: Some(Digest::of(name.as_bytes()).to_proto()),
+                    ..reapi::FileNode::default()
+                }));
+            let (digest, encoded) = Digest::of_message(&message);
+            trees.insert(digest, Arc::new(Directory::parse(encoded).unwrap()));
+            digest
+        };
+        let leaf = add(&["wanted", "x"], &[]);
+        let middle = add(&[], &[("leaf", leaf)]);
+        let other = add(&["y"], &[]);
+        let root = add(&["z"], &[("a", other), ("b", middle)]);
+        let cut = add(&[], &[("absent", Digest::of(b"absent"))]);
+        let mut holders = Holders::of(HashSet::from([Digest::of(b"wanted")]));
+        let found = [root, middle, leaf, other, cut];
+        let found = found.map(|directory| holders.contain(directory, &trees));
+        assert_eq!(found, [true, true, true, false, true]);
     }
 
     #[test]

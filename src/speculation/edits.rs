@@ -842,6 +842,7 @@ mod tests {
                 ..Known::default()
             };
             let resolver = Resolver {
+                expected: &HashSet::new(),
                 key: parent.identity.weak_key(),
                 parent: &parent,
                 known: &known,

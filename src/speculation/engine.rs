@@ -690,6 +690,7 @@ impl State {
                 caller: build.caller.clone(),
                 subactions,
                 executed,
+                instances: self.instances(&build.caller),
                 activity,
             }));
             if self.recorder.try_send(ended).is_err() {
@@ -714,6 +715,16 @@ impl State {
             _ => false,
         });
         of_its_kind.map(|known| known.key).collect()
+    }
+
+    /// The instances under which actions of an action parent are recorded.
+    fn instances(&self, caller: &Caller) -> Vec<Arc<str>> {
+        let known = self.parents.values().map(|known| &known.identity);
+        let recorded = known.filter(|identity| match (&identity.kind, &caller.action) {
+            (ParentKind::Action(action), Some(own)) => identity.uid == caller.uid && action == own,
+            _ => false,
+        });
+        recorded.map(|identity| identity.instance.clone()).collect()
     }
 
     /// Ends the builds that belong to no build tool and have been silent for long enough.

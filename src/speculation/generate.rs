@@ -6,6 +6,10 @@
 //! holds what other parents have written, too; it is looked for among their outputs, their sources
 //! and the outputs of their actions, for all of that may be known before the tree is.
 //!
+//! Digest-valued text of the actions of an action parent may name further trees: the root of a
+//! sandbox, say. What stands in them others have put there. Such a tree may be a whole system, so
+//! overlays are made only for what recorded parents have put out.
+//!
 //! A directory on disk counts as the root of input trees only if it is proven: at least one file
 //! below it has the digest that was recorded for its path. Others may have been edited since.
 
@@ -17,12 +21,15 @@ use super::instantiate::MAX_PLACES;
 use super::parent::{BaseAction, Origin, OverlayTable, Parent, WeakKey};
 use super::resolve::roots;
 use crate::cas::Digest;
-use crate::cas::directories::{Trees, child_path};
+use crate::cas::directories::{Holders, Trees, child_path};
 use crate::config::Mode;
 use crate::workspace::index::FileIndex;
 
-/// At how many paths of one tree a file is looked for.
+/// At how many paths of one tree, or of one output, a file is looked for.
 const MAX_PATHS: usize = 16;
+/// Overlays for the files of trees that text names, in all. Where there would be more, the text is
+/// not foreseen.
+const MAX_TEXT_OVERLAYS: usize = 50_000;
 
 /// Where sources are.
 pub enum Sources<'a> {
@@ -65,24 +72,49 @@ pub fn generate(
     }
     let mut overlays = generation.finish();
     if let Sources::Tree { own, others } = sources {
-        let read = ReadFiles::of(actions, trees);
+        let read = ReadFiles::below(actions.iter().map(|base| base.input_root), trees);
         read.add_tree(None, *own, trees, &mut overlays);
-        for other in *others {
+        for other in others.iter().filter(|other| read.depend_on(other)) {
             read.add_other(other, trees, mode, &mut overlays);
         }
     }
     overlays
 }
 
-/// The files that actions read: their digests, and the names under which they do.
+/// Adds where the files `staged` in trees that text names came from, as far as `others` have put
+/// them there. Returns whether that is all of it. Blocks.
+pub fn generate_for_texts(
+    staged: &ReadFiles,
+    others: &[Arc<Parent>],
+    trees: &Trees,
+    mode: Mode,
+    overlays: &mut OverlayTable,
+) -> bool {
+    let mut found = OverlayTable::default();
+    for other in others.iter().filter(|other| staged.hold_most_of(other)) {
+        let put_out = staged.put_out_by(other);
+        put_out.add_other(other, trees, mode, &mut found);
+        if found.iter().count() > MAX_TEXT_OVERLAYS {
+            tracing::debug!("the trees that text names hold too many files of other parents");
+            return false;
+        }
+    }
+    for (target, origin) in found.iter() {
+        overlays.add(*target, origin.clone());
+    }
+    true
+}
+
+/// Files that actions read: their digests, and the names under which they do.
+#[derive(Default)]
 pub struct ReadFiles(HashMap<Digest, HashSet<String>>);
 
 impl ReadFiles {
-    /// What `actions` read.
-    pub fn of(actions: &[Arc<BaseAction>], trees: &Trees) -> Self {
+    /// What stands below `roots`.
+    pub fn below(roots: impl IntoIterator<Item = Digest>, trees: &Trees) -> Self {
         let mut files: HashMap<Digest, HashSet<String>> = HashMap::new();
         let mut visited = HashSet::new();
-        let mut open: Vec<Digest> = actions.iter().map(|base| base.input_root).collect();
+        let mut open: Vec<Digest> = roots.into_iter().collect();
         while let Some(digest) = open.pop() {
             let Some(directory) = trees.get(&digest).filter(|_| visited.insert(digest)) else {
                 continue;
@@ -103,6 +135,30 @@ impl ReadFiles {
             .any(|(path, digest)| digest.size() > 0 && self.has(digest, path))
     }
 
+    /// Whether more than half of the output of `other` is among them, by name and content. (A whole
+    /// system has some files of anybody's: the text of a licence, say.)
+    pub fn hold_most_of(&self, other: &Parent) -> bool {
+        let outputs = other.executed.iter().flat_map(|executed| &executed.outputs);
+        let (mut held, mut all) = (0, 0);
+        for (path, digest) in outputs.filter(|(_, digest)| digest.size() > 0) {
+            all += 1;
+            held += usize::from(self.has(digest, path));
+        }
+        held * 2 > all
+    }
+
+    /// Those that are outputs of `other`. Empty files are not: any two of them are equal.
+    fn put_out_by(&self, other: &Parent) -> Self {
+        let outputs = other.executed.iter().flat_map(|executed| &executed.outputs);
+        let outputs = outputs.filter(|(path, digest)| digest.size() > 0 && self.has(digest, path));
+        let mut files: HashMap<Digest, HashSet<String>> = HashMap::new();
+        for (path, digest) in outputs {
+            let names = files.entry(*digest).or_default();
+            names.insert(name_of(path).to_owned());
+        }
+        ReadFiles(files)
+    }
+
     fn has(&self, digest: &Digest, path: &str) -> bool {
         let names = self.0.get(digest);
         names.is_some_and(|names| names.contains(name_of(path)))
@@ -118,8 +174,12 @@ impl ReadFiles {
     ) {
         let mut paths: HashMap<Digest, Vec<String>> = HashMap::new();
         let mut places: HashMap<Digest, usize> = HashMap::new();
+        let mut holders = Holders::of(self.0.keys().copied().collect());
         let mut open = vec![(root, String::new())];
         while let Some((digest, path)) = open.pop() {
+            if !holders.contain(digest, trees) {
+                continue;
+            }
             let count = places.entry(digest).or_default();
             *count += 1;
             let Some(directory) = trees.get(&digest).filter(|_| *count <= MAX_PLACES) else {
@@ -150,8 +210,11 @@ impl ReadFiles {
             return;
         };
         let parent = other.identity.weak_key();
+        let mut paths: HashMap<Digest, usize> = HashMap::new();
         for (path, digest) in &executed.outputs {
-            if self.has(digest, path) {
+            let count = paths.entry(*digest).or_default();
+            if *count < MAX_PATHS && self.has(digest, path) {
+                *count += 1;
                 let path = path.clone();
                 overlays.add(*digest, Origin::Artifact { parent, path });
             }
@@ -325,7 +388,9 @@ mod tests {
     use super::*;
     use crate::cas::directories::Directory;
     use crate::reapi;
-    use crate::speculation::parent::fixture;
+    use crate::speculation::parent::{
+        ActionParent, ExecutedParent, ParentIdentity, ParentKind, SubactionKey, fixture,
+    };
 
     /// A tree of one directory with these files.
     fn tree(trees: &mut Trees, files: &[(&str, &str)]) -> Digest {
@@ -408,6 +473,110 @@ mod tests {
             [],
             "a stale object is no source either"
         );
+    }
+
+    /// An element that was built from `sources` in a tree that holds the system, too.
+    fn element(
+        trees: &mut Trees,
+        name: &str,
+        sources: &[(&str, &str)],
+        outputs: &[(&str, &str)],
+    ) -> Parent {
+        let mut parent = Parent::new(ParentIdentity {
+            instance: "".into(),
+            uid: None,
+            kind: ParentKind::Action(ActionParent {
+                instance: "".into(),
+                key: Digest::of(name.as_bytes()),
+                name: name.to_owned(),
+            }),
+        });
+        let outputs = outputs.iter();
+        parent.executed = Some(Arc::new(ExecutedParent {
+            action: Digest::of(name.as_bytes()),
+            input_root: tree(trees, &[sources, &SYSTEM].concat()),
+            texts: Vec::new(),
+            outputs: outputs
+                .map(|(path, content)| ((*path).to_owned(), Digest::of(content.as_bytes())))
+                .collect(),
+        }));
+        parent
+    }
+
+    const SYSTEM: [(&str, &str); 3] = [("gcc", "gcc"), ("COPYING", "licence"), ("stamp", "")];
+
+    #[test]
+    fn of_a_tree_that_text_names_only_what_parents_have_put_there_has_origins() {
+        let mut trees = Trees::new();
+        let outputs = [
+            ("usr/dep.h", "header"),
+            ("usr/dep.o", "object"),
+            ("usr/stamp", ""),
+        ];
+        let mut dep = element(&mut trees, "dep", &[("src.h", "header")], &outputs);
+        let input = dep.executed.as_ref().unwrap().input_root;
+        let compile = action("compile", Path::new("/"), input, &[("o", "object")]);
+        let key = SubactionKey {
+            action_key: compile.digest,
+            mount: None,
+        };
+        dep.actions.insert(key, compile.clone());
+        let outputs = [("COPYING", "licence"), ("a", "a"), ("b", "b")];
+        let unrelated = element(&mut trees, "unrelated", &[], &outputs);
+        let staged = [
+            ("dep.h", "header"),
+            ("dep.o", "object"),
+            ("new", "of nobody"),
+        ];
+        let root = tree(&mut trees, &[&staged[..], &SYSTEM].concat());
+        let parent = dep.identity.weak_key();
+        let others = [Arc::new(dep), Arc::new(unrelated)];
+        let generate = |mode| {
+            let mut table = OverlayTable::default();
+            let staged = ReadFiles::below([root], &trees);
+            assert!(generate_for_texts(
+                &staged, &others, &trees, mode, &mut table
+            ));
+            table
+        };
+        let table = generate(Mode::Full);
+        let artifact = |path: &str| Origin::Artifact {
+            parent,
+            path: path.to_owned(),
+        };
+        let source = Origin::Tree {
+            parent: Some(parent),
+            path: "src.h".to_owned(),
+        };
+        let made = Origin::Action {
+            parent: Some(parent),
+            action: compile.digest,
+            path: "o".to_owned(),
+        };
+        assert_eq!(origins(&table, "header"), [artifact("usr/dep.h"), source]);
+        assert_eq!(origins(&table, "object"), [artifact("usr/dep.o"), made]);
+        for content in ["gcc", "licence", "", "of nobody"] {
+            assert_eq!(origins(&table, content), [], "{content}");
+        }
+        let table = generate(Mode::SourceArtifact);
+        assert_eq!(origins(&table, "object"), [artifact("usr/dep.o")]);
+    }
+
+    #[test]
+    fn a_tree_with_too_many_files_of_other_parents_is_left_alone() {
+        let mut trees = Trees::new();
+        let names: Vec<String> = (0..=MAX_TEXT_OVERLAYS).map(|n| n.to_string()).collect();
+        let files: Vec<_> = names
+            .iter()
+            .map(|name| (name.as_str(), name.as_str()))
+            .collect();
+        let root = tree(&mut trees, &files);
+        let others = [Arc::new(element(&mut trees, "large", &[], &files))];
+        let mut table = OverlayTable::default();
+        let staged = ReadFiles::below([root], &trees);
+        let generated = generate_for_texts(&staged, &others, &trees, Mode::Full, &mut table);
+        assert!(!generated);
+        assert_eq!(table.iter().count(), 0);
     }
 
     #[test]

@@ -1,6 +1,10 @@
 //! Instantiation: a base action's input tree with every file replaced by what it is now, and with
 //! the entries that appear and vanish for that action.
 //!
+//! Its digest-valued text is what its own parent says, once that has been asked for. Until then, where
+//! it names a tree, that tree is rewritten in the same way, and the text is the digest of what it
+//! becomes.
+//!
 //! Only the spine is rewritten: a directory that holds nothing replaced keeps its digest. One
 //! memo is shared by all actions of a plan, so a directory that many trees hold at the same place
 //! is rewritten once. What does not re-encode to its own bytes is never rewritten.
@@ -13,11 +17,11 @@ use bytes::Bytes;
 use prost::Message;
 
 use super::edits::{Entry, Fate, Implied, stands_for_itself};
-use super::parent::{BaseAction, WeakKey, with_input_root};
-use super::resolve::{Current, Node, Resolver, TreeFile};
+use super::parent::{BaseAction, WeakKey};
+use super::resolve::{Current, Node, Resolver, TreeFile, TreeKind};
 use super::texts::{self, Replacements};
 use crate::cas::Digest;
-use crate::cas::directories::{Directory, Trees, child_path};
+use crate::cas::directories::{Directory, Holders, Trees, child_path};
 use crate::reapi;
 
 /// At how many places of one input tree a directory may stand. Real trees stay far below; one
@@ -33,6 +37,8 @@ pub struct Adapted {
     pub encoded: Bytes,
     /// The root of its input tree, if that is new.
     pub tree: Option<Arc<NewDirectory>>,
+    /// The roots of further trees that its text names, and that are new.
+    pub text_trees: Vec<Arc<NewDirectory>>,
     /// Its command, if that is new.
     pub command: Option<(Digest, Bytes)>,
 }
@@ -72,7 +78,7 @@ impl Adapted {
         {
             needed.insert(*digest, Blob::Message(command.clone()));
         }
-        if let Some(tree) = &self.tree {
+        for tree in self.tree.iter().chain(&self.text_trees) {
             tree.collect_blobs(known, needed);
         }
     }
@@ -163,6 +169,8 @@ pub struct Instantiator {
     places: HashMap<Digest, usize>,
     /// Whether what is being rewritten holds an own output of the action that reads it.
     for_its_writer: bool,
+    /// Directories of trees that text names, of whose files anything can be said.
+    text_holders: Holders,
 }
 
 /// A directory at the place where a tree holds it: what its files are depends on both.
@@ -170,6 +178,7 @@ pub struct Instantiator {
 struct Place {
     parent: WeakKey,
     directory: Digest,
+    tree: TreeKind,
     mount: Option<PathBuf>,
     path: String,
     /// The set of what appears and vanishes in the tree, where any of it is in this directory.
@@ -204,12 +213,25 @@ enum Rewritten {
 /// A directory of the tree that is being rewritten.
 #[derive(Clone, Copy)]
 struct Spot<'a> {
-    /// Relative to the input root.
+    /// Which tree that is.
+    tree: TreeKind,
+    /// Relative to its root.
     path: &'a str,
     /// What appears and vanishes in it.
     implied: &'a [&'a Implied],
     /// The number of the set that this is a part of.
     set: usize,
+}
+
+/// What becomes of the digest-valued text of an action.
+#[derive(Default)]
+struct NewTexts {
+    replacements: Replacements,
+    trees: Vec<Arc<NewDirectory>>,
+    waits: Vec<Node>,
+    awaits: bool,
+    /// It may change, and nobody can say.
+    unforeseen: bool,
 }
 
 /// A directory that is not there yet.
@@ -221,6 +243,14 @@ static NOTHING: LazyLock<Directory> = LazyLock::new(|| Directory {
 });
 
 impl Instantiator {
+    /// One for actions whose text may name trees. In these, only `text_targets` can be replaced.
+    pub fn new(text_targets: HashSet<Digest>) -> Self {
+        Instantiator {
+            text_holders: Holders::of(text_targets),
+            ..Instantiator::default()
+        }
+    }
+
     /// Instantiates one base action.
     ///
     /// # Errors
@@ -229,36 +259,99 @@ impl Instantiator {
     where
         O: Fn(Node, &str) -> Option<Option<Digest>>,
     {
-        self.places.clear();
-        self.for_its_writer = false;
         let resolver = task.resolver;
         let (numbers, implied): (Vec<usize>, Vec<&Implied>) =
             resolver.implied(task.node, task.base, &task.output).unzip();
         let next = self.sets.len();
         let spot = Spot {
+            tree: TreeKind::Input,
             path: "",
             implied: &implied,
             set: *self.sets.entry(numbers).or_insert(next),
         };
-        let tree = match self.rewrite(task, task.base.input_root, spot)? {
+        let rewritten = self.rewrite_tree(task, task.base.input_root, spot)?;
+        let mut texts = self.texts(task);
+        let tree = match rewritten {
             Rewritten::Same | Rewritten::Gone => None,
             Rewritten::New(tree) => Some(tree),
-            Rewritten::Waits(nodes) => return Ok(Instantiation::Waits(nodes)),
+            Rewritten::Waits(nodes) => {
+                texts.waits.extend_from_slice(&nodes);
+                None
+            }
             Rewritten::Awaits => return Ok(Instantiation::Awaits),
         };
-        let mut texts = task.base.texts.iter();
-        match task.texts {
-            Texts::Replaced(replacements) if texts.any(|text| replacements.contains_key(text)) => {
-                adapted_with_texts(task, tree, replacements).map(Instantiation::Adapted)
-            }
-            Texts::Unknown(old) if tree.is_some() && texts.any(|text| old.contains(text)) => {
-                Ok(Instantiation::Awaits)
-            }
-            _ => match tree {
-                None => Ok(Instantiation::Unchanged),
-                Some(tree) => adapted(task, tree).map(Instantiation::Adapted),
-            },
+        let is_same = tree.is_none() && texts.replacements.is_empty();
+        if texts.awaits {
+            Ok(Instantiation::Awaits)
+        } else if !texts.waits.is_empty() {
+            Ok(Instantiation::Waits(distinct(texts.waits)))
+        } else if is_same {
+            Ok(Instantiation::Unchanged)
+        } else if texts.unforeseen {
+            Ok(Instantiation::Awaits)
+        } else {
+            adapted(task, tree, texts).map(Instantiation::Adapted)
         }
+    }
+
+    /// What becomes of the digest-valued text of the action: what its parent says, or else what the
+    /// trees become that it names.
+    fn texts<O>(&mut self, task: &Task<'_, O>) -> NewTexts
+    where
+        O: Fn(Node, &str) -> Option<Option<Digest>>,
+    {
+        let mut texts = NewTexts::default();
+        for text in &task.base.texts {
+            let named = match task.texts {
+                Texts::Replaced(replacements) => {
+                    let new = replacements.get_key_value(text);
+                    let new = new.map(|(old, new)| (old.clone(), new.clone()));
+                    texts.replacements.extend(new);
+                    continue;
+                }
+                Texts::Unknown(old) => old.contains(text),
+            };
+            if !named {
+                continue;
+            }
+            let Some(root) = task.resolver.parent.text_root(text) else {
+                texts.unforeseen = true;
+                continue;
+            };
+            let spot = Spot {
+                tree: TreeKind::Text,
+                path: "",
+                implied: &[],
+                set: 0,
+            };
+            match self.rewrite_tree(task, root, spot) {
+                Ok(Rewritten::Same | Rewritten::Gone) => {}
+                Ok(Rewritten::New(tree)) => {
+                    let new = tree.digest.to_string();
+                    texts.replacements.insert(text.clone(), new);
+                    texts.trees.push(tree);
+                }
+                Ok(Rewritten::Waits(nodes)) => texts.waits.extend_from_slice(&nodes),
+                // What is there no more may be there under another name.
+                Ok(Rewritten::Awaits) | Err(Unadaptable::Vanished(_)) => texts.awaits = true,
+                Err(_) => texts.unforeseen = true,
+            }
+        }
+        texts
+    }
+
+    fn rewrite_tree<O>(
+        &mut self,
+        task: &Task<'_, O>,
+        root: Digest,
+        spot: Spot<'_>,
+    ) -> Result<Rewritten, Unadaptable>
+    where
+        O: Fn(Node, &str) -> Option<Option<Digest>>,
+    {
+        self.places.clear();
+        self.for_its_writer = false;
+        self.rewrite(task, root, spot)
     }
 
     fn rewrite<O>(
@@ -270,10 +363,19 @@ impl Instantiator {
     where
         O: Fn(Node, &str) -> Option<Option<Digest>>,
     {
+        let mount = match spot.tree {
+            TreeKind::Input => task.base.mount.clone(),
+            TreeKind::Text if !self.text_holders.contain(digest, task.trees) => {
+                return Ok(Rewritten::Same);
+            }
+            // It is the same for all that name it.
+            TreeKind::Text => None,
+        };
         let place = Place {
             parent: task.resolver.key,
             directory: digest,
-            mount: task.base.mount.clone(),
+            tree: spot.tree,
+            mount,
             path: spot.path.to_owned(),
             set: (!spot.implied.is_empty()).then_some(spot.set),
         };
@@ -342,6 +444,7 @@ impl Instantiator {
             let file = TreeFile {
                 node: task.node,
                 base: task.base,
+                tree: spot.tree,
                 path: &path,
                 digest: *recorded,
             };
@@ -397,9 +500,7 @@ impl Instantiator {
             return Ok(Rewritten::Awaits);
         }
         if !waits.is_empty() {
-            waits.sort_unstable();
-            waits.dedup();
-            return Ok(Rewritten::Waits(waits.into()));
+            return Ok(Rewritten::Waits(distinct(waits)));
         }
         if revision.is_nothing() {
             return Ok(Rewritten::Same);
@@ -422,44 +523,46 @@ impl Instantiator {
     }
 }
 
-/// The base action with another tree.
-fn adapted<O>(task: &Task<'_, O>, tree: Arc<NewDirectory>) -> Result<Adapted, Unadaptable> {
-    let (action, encoded) = with_input_root(&task.base.encoded, tree.digest)
-        .ok_or(Unadaptable::NotCanonical(task.base.digest))?;
-    Ok(Adapted {
-        action,
-        encoded,
-        tree: Some(tree),
-        command: None,
-    })
+fn distinct(mut nodes: Vec<Node>) -> Arc<[Node]> {
+    nodes.sort_unstable();
+    nodes.dedup();
+    nodes.into()
 }
 
-/// The base action with other digest-valued text, and perhaps another tree.
-fn adapted_with_texts<O>(
+/// The base action with another tree, or other digest-valued text, or both.
+fn adapted<O>(
     task: &Task<'_, O>,
     tree: Option<Arc<NewDirectory>>,
-    replacements: &Replacements,
+    new: NewTexts,
 ) -> Result<Adapted, Unadaptable> {
     let not_canonical = || Unadaptable::NotCanonical(task.base.digest);
     let mut action =
         reapi::Action::decode(task.base.encoded.clone()).map_err(|_| not_canonical())?;
-    let encoded = task.command.ok_or_else(not_canonical)?;
-    let mut command = reapi::Command::decode(encoded.clone()).map_err(|_| not_canonical())?;
-    if command.encode_to_vec() != *encoded {
-        return Err(not_canonical());
-    }
-    texts::replace(&mut action, &mut command, replacements);
-    let (command, encoded) = Digest::of_message(&command);
-    action.command_digest = Some(command.to_proto());
     if let Some(tree) = &tree {
         action.input_root_digest = Some(tree.digest.to_proto());
     }
-    let (action, encoded_action) = Digest::of_message(&action);
+    let command = match new.replacements.is_empty() {
+        true => None,
+        false => {
+            let encoded = task.command.ok_or_else(not_canonical)?;
+            let mut command =
+                reapi::Command::decode(encoded.clone()).map_err(|_| not_canonical())?;
+            if command.encode_to_vec() != *encoded {
+                return Err(not_canonical());
+            }
+            texts::replace(&mut action, &mut command, &new.replacements);
+            let (digest, encoded) = Digest::of_message(&command);
+            action.command_digest = Some(digest.to_proto());
+            Some((digest, encoded))
+        }
+    };
+    let (action, encoded) = Digest::of_message(&action);
     Ok(Adapted {
         action,
-        encoded: encoded_action,
+        encoded,
         tree,
-        command: Some((command, encoded)),
+        text_trees: new.trees,
+        command,
     })
 }
 
@@ -801,6 +904,7 @@ mod tests {
             key: parent.identity.weak_key(),
             parent,
             known,
+            expected: &HashSet::new(),
             trees,
             producers: &HashMap::new(),
         };

@@ -282,7 +282,8 @@ impl<'a> Words<'a> {
     }
 
     /// The overlays for the files in the input tree of `base`: for each of them SOURCE, then
-    /// ACTION, then ARTIFACT, which is the order in which others try them.
+    /// ACTION, then ARTIFACT, which is the order in which others try them. (They look into no other
+    /// trees; overlays of those that digest-valued text names are for primed alone.)
     fn of_tree(&self, base: &BaseAction, trees: &Trees) -> Vec<Arc<Overlay>> {
         let mut files = BTreeSet::new();
         let mut seen = HashSet::new();
@@ -541,6 +542,7 @@ mod tests {
                 kind,
             });
             parent.last_seen_unix_ms = self.0.i64(..);
+            parent.text_roots = self.some(Random::digest);
             if matches!(parent.identity.kind, ParentKind::Action(_)) {
                 parent.executed = self.maybe(|random| {
                     Arc::new(ExecutedParent {
@@ -605,6 +607,7 @@ mod tests {
             assert_eq!(back.identity, parent.identity, "seed {seed}");
             assert_eq!(back.actions, parent.actions, "seed {seed}");
             assert_eq!(back.overlays, parent.overlays, "seed {seed}");
+            assert_eq!(back.text_roots, parent.text_roots, "seed {seed}");
             assert_eq!(back.executed, parent.executed, "seed {seed}");
             assert_eq!(back.last_seen_unix_ms, parent.last_seen_unix_ms);
             let again = message(&back, &Names::default(), None).encode_to_vec();

@@ -155,8 +155,10 @@ pub struct Parent {
     pub identity: ParentIdentity,
     /// Its base actions, each under its subaction key.
     pub actions: HashMap<SubactionKey, Arc<BaseAction>>,
-    /// Where the files of their input trees came from.
+    /// Where the files of their input trees came from, and those of `text_roots`.
     pub overlays: OverlayTable,
+    /// Roots of the trees that their digest-valued text names, as far as these could be read.
+    pub text_roots: Vec<Digest>,
     /// What it executed as, if it is an action.
     pub executed: Option<Arc<ExecutedParent>>,
     /// Milliseconds since 1970.
@@ -183,9 +185,16 @@ impl Parent {
             identity,
             actions: HashMap::new(),
             overlays: OverlayTable::default(),
+            text_roots: Vec::new(),
             executed: None,
             last_seen_unix_ms: 0,
         }
+    }
+
+    /// The root of the tree that `text` names, if its files have overlays.
+    pub fn text_root(&self, text: &str) -> Option<Digest> {
+        let root = text.parse().ok()?;
+        self.text_roots.contains(&root).then_some(root)
     }
 
     /// The other parents that its overlays name.
@@ -279,13 +288,6 @@ pub fn action_parts(encoded: &Bytes) -> Result<ActionParts, Unrecordable> {
     })
 }
 
-/// The encoded `Action` with another input tree, and its digest.
-pub fn with_input_root(encoded: &Bytes, input_root: Digest) -> Option<(Digest, Bytes)> {
-    let mut action = Action::decode(encoded.clone()).ok()?;
-    action.input_root_digest = Some(input_root.to_proto());
-    Some(Digest::of_message(&action))
-}
-
 /// Where a file of an input tree came from. A parent is named where it is not the own one.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum Origin {
@@ -327,7 +329,7 @@ impl Origin {
     }
 }
 
-/// For each file digest in the recorded input trees, all its origins.
+/// For each file digest in the recorded trees, all its origins.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct OverlayTable {
     origins: HashMap<Digest, Vec<Origin>>,
@@ -460,16 +462,6 @@ mod tests {
             Err(Unrecordable::Malformed)
         );
         assert_eq!(action_parts(&Bytes::new()), Err(Unrecordable::Malformed));
-    }
-
-    #[test]
-    fn another_input_root_is_all_that_changes() {
-        let encoded = Bytes::from(action("one").encode_to_vec());
-        let expected = Digest::of_message(&action("two"));
-        assert_eq!(
-            with_input_root(&encoded, Digest::of(b"two")),
-            Some(expected)
-        );
     }
 
     #[test]

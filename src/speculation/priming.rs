@@ -351,6 +351,18 @@ impl Worker {
             current,
             build,
         } = opened;
+        let is_news = |key: &WeakKey| {
+            self.known.parents.get(key).is_none_or(|known| {
+                (known.input_root, &known.texts) != (current.input_root, &current.texts)
+            })
+        };
+        if family.own().any(|key| is_news(&key)) {
+            // They will be asked for again, in another form than the last time.
+            for key in &family.dependents {
+                self.known.parents.remove(key);
+                self.builds.remove(key);
+            }
+        }
         for key in family.own() {
             self.known.parents.insert(key, current.clone());
         }

@@ -5,14 +5,15 @@ use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 
 use tokio::sync::{mpsc, oneshot};
+use tonic::Status;
 
 use super::activity::Activity;
 use super::archive::{Import, adopt_waiting};
 use super::callers::Caller;
 use super::carry_over::carry_over;
 use super::flights::FlightKey;
-use super::generate::{ReadFiles, Sources, generate};
-use super::parent::{ExecutedParent, Parent, ParentIdentity, ParentKind, WeakKey};
+use super::generate::{ReadFiles, Sources, generate, generate_for_texts};
+use super::parent::{BaseAction, ExecutedParent, Parent, ParentIdentity, ParentKind, WeakKey};
 use super::record::{Subaction, record};
 use super::share;
 use super::workshop::Workshop;
@@ -40,6 +41,8 @@ pub struct Ended {
     /// What was executed, if it was for an action parent, and recorded parents that it may depend
     /// on.
     pub executed: Option<(Arc<ExecutedParent>, Vec<WeakKey>)>,
+    /// The instances under which its actions are recorded, if it was for an action parent.
+    pub instances: Vec<Arc<str>>,
     /// Counts as activity until it is recorded.
     pub activity: Activity,
 }
@@ -82,8 +85,11 @@ pub async fn run(
             by_instance.entry(key.instance).or_default().push(subaction);
         }
         if let (Some(action), true) = (&build.caller.action, by_instance.is_empty()) {
-            // Others may depend on it all the same.
-            by_instance.insert(action.instance.clone(), Vec::new());
+            // What it runs was answered elsewhere; or it runs nothing, and others may depend on it
+            // all the same.
+            let unknown = build.instances.is_empty().then(|| action.instance.clone());
+            let instances = build.instances.iter().cloned().chain(unknown);
+            by_instance.extend(instances.map(|instance| (instance, Vec::new())));
         }
         for (instance, mut subactions) in by_instance {
             let identity = build.caller.parent(&instance);
@@ -173,14 +179,24 @@ impl Recording<'_> {
             .actions
             .retain(|_, base| trees.contains_key(&base.input_root));
         let actions: Vec<_> = parent.actions.values().cloned().collect();
-        let mut others = Vec::new();
+        let mut others: Vec<Arc<Parent>> = Vec::new();
+        let mut staged = ReadFiles::default();
         if let (Some((executed, keys)), ParentKind::Action(action)) =
             (executed, &parent.identity.kind)
         {
-            let read = ReadFiles::of(&actions, &trees);
-            let loaded = load(workshop, keys.clone()).await?;
-            others.extend(loaded.into_iter().map(Arc::new));
-            others.retain(|other| read.depend_on(other));
+            parent.text_roots = text_roots(workshop, &action.instance, executed, &actions).await?;
+            let roots = parent.text_roots.clone();
+            trees.extend(load_trees(workshop, &action.instance, roots.clone()).await?);
+            let known = load(workshop, keys.clone()).await?;
+            let inputs: Vec<_> = actions.iter().map(|base| base.input_root).collect();
+            let found = task::blocking("generation", move || {
+                let read = ReadFiles::below(inputs, &trees);
+                let staged = ReadFiles::below(roots, &trees);
+                let is_used = |other: &Parent| read.depend_on(other) || staged.hold_most_of(other);
+                let others = known.into_iter().filter(is_used).map(Arc::new).collect();
+                (others, staged, trees)
+            });
+            (others, staged, trees) = found.await.ok_or("finding what it depends on failed")?;
             let of_others = others.iter().filter_map(|other| other.executed.as_ref());
             let roots = of_others
                 .chain([executed])
@@ -199,6 +215,9 @@ impl Recording<'_> {
                 None => Sources::Disk(&index),
             };
             parent.overlays = generate(&actions, &trees, &sources, mode);
+            if !generate_for_texts(&staged, &others, &trees, mode, &mut parent.overlays) {
+                parent.text_roots.clear();
+            }
             let dropped = store.save(&parent, &index.take_unsaved());
             (Arc::new(parent), dropped)
         })
@@ -223,6 +242,20 @@ impl Recording<'_> {
     }
 }
 
+/// The roots of trees that the text of `actions` names, where that is text of the parent itself.
+async fn text_roots(
+    workshop: &Workshop,
+    instance: &str,
+    executed: &ExecutedParent,
+    actions: &[Arc<BaseAction>],
+) -> Result<Vec<Digest>, String> {
+    let texts = actions.iter().flat_map(|base| &base.texts);
+    let texts: HashSet<_> = texts.filter(|text| executed.texts.contains(text)).collect();
+    let digests = texts.into_iter().filter_map(|text| text.parse().ok());
+    let roots = workshop.directories.roots(&workshop.cas, instance, digests);
+    roots.await.map_err(unreadable_trees)
+}
+
 /// Those of the parents that are recorded.
 async fn load(workshop: &Workshop, keys: Vec<WeakKey>) -> Result<Vec<Parent>, String> {
     let store = workshop.store.clone();
@@ -244,5 +277,9 @@ async fn load_trees(
 ) -> Result<Trees, String> {
     let trees = workshop.directories.load(&workshop.cas, instance, roots);
     let trees = trees.await;
-    trees.map_err(|status| format!("its input trees cannot be read: {status}"))
+    trees.map_err(unreadable_trees)
+}
+
+fn unreadable_trees(status: Status) -> String {
+    format!("its input trees cannot be read: {status}")
 }

@@ -8,10 +8,14 @@
 //! What entries a tree has is recorded, but for those that executions have shown to appear or to
 //! vanish with a change: where that change is, they do.
 //!
+//! What stands in a tree that digest-valued text names was put there before the own parent began: of
+//! its files, only other parents are asked. Where one of these has not been asked for, but will be,
+//! for something that it depends on has changed, a file that only its output holds is awaited.
+//!
 //! Where a kind has several origins of one digest, those whose path is nearest to the file's own
 //! count: two files with the same content (both empty, say) are told apart by it.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::path::{Path, PathBuf};
 
 use super::edits::{Cause, Implied, Learned, OldFile};
@@ -23,14 +27,25 @@ use crate::cas::directories::Trees;
 /// Index of an action in its plan.
 pub type Node = usize;
 
-/// One file of a base action's input tree.
+/// What a tree is to an action.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum TreeKind {
+    /// Its input tree.
+    Input,
+    /// One that its digest-valued text names.
+    Text,
+}
+
+/// One file of a base action's input tree, or of another tree that it names.
 #[derive(Clone, Copy, Debug)]
 pub struct TreeFile<'a> {
     /// The action.
     pub node: Node,
     /// Its recorded form.
     pub base: &'a BaseAction,
-    /// Path relative to the input root.
+    /// Which tree it stands in.
+    pub tree: TreeKind,
+    /// Path relative to the root of that.
     pub path: &'a str,
     /// The digest that was recorded.
     pub digest: Digest,
@@ -47,7 +62,7 @@ pub enum Current<'a> {
     Stored(Digest),
     /// Known once that action of the plan is done.
     Pending(Node),
-    /// Known once a parent that is under way has ended.
+    /// Known once a parent has ended that is under way, or expected.
     Awaited,
     /// There is no such file any more.
     Vanished(PathBuf),
@@ -61,6 +76,8 @@ pub struct Resolver<'a> {
     pub parent: &'a Parent,
     /// What is known now.
     pub known: &'a Known,
+    /// The parents that will be asked for, as what they depend on has changed.
+    pub expected: &'a HashSet<WeakKey>,
     /// The directories of all trees.
     pub trees: &'a Trees,
     /// The actions of the plan, by their parent and digest.
@@ -100,7 +117,11 @@ impl Resolver<'_> {
         output: impl Fn(Node, &str) -> Option<Option<Digest>>,
     ) -> Current<'b> {
         let current = self.by_origin(file, output);
-        match (&current, self.learned(file.base)) {
+        let learned = match file.tree {
+            TreeKind::Input => self.learned(file.base),
+            TreeKind::Text => None,
+        };
+        match (&current, learned) {
             (Current::Recorded | Current::Vanished(_), Some(learned)) => {
                 match learned.changed(file.path, file.digest) {
                     Some(digest) => Current::Stored(digest),
@@ -127,6 +148,7 @@ impl Resolver<'_> {
                 let file = TreeFile {
                     node,
                     base,
+                    tree: TreeKind::Input,
                     path: &file.path,
                     digest: file.digest,
                 };
@@ -163,7 +185,8 @@ impl Resolver<'_> {
     ) -> Current<'b> {
         let mut vanished = None;
         let mut awaited = false;
-        for origin in self.candidates(file) {
+        let candidates = self.candidates(file);
+        for origin in &candidates {
             let found = match origin {
                 Origin::Disk(path) => match self.known.disk.get(path) {
                     Some(Some(digest)) => return Current::Source(path, *digest),
@@ -188,7 +211,11 @@ impl Resolver<'_> {
                             continue;
                         }
                     },
-                    None => continue,
+                    None => {
+                        awaited |=
+                            file.tree == TreeKind::Text && self.is_to_make(*parent, &candidates);
+                        continue;
+                    }
                 },
             };
             match found {
@@ -201,6 +228,13 @@ impl Resolver<'_> {
             Some(path) => Current::Vanished(path),
             None => Current::Recorded,
         }
+    }
+
+    /// Whether a file with these origins is made anew by another parent, which has not been asked
+    /// for: not, if it is one of that one's sources, of which no change is known.
+    fn is_to_make(&self, other: WeakKey, candidates: &[&Origin]) -> bool {
+        let is_source = |origin: &&Origin| matches!(origin, Origin::Tree { parent: Some(parent), .. } if *parent == other);
+        self.expected.contains(&other) && !candidates.iter().any(is_source)
     }
 
     fn current(&self, parent: Option<WeakKey>) -> Option<&super::known::CurrentParent> {
@@ -219,7 +253,10 @@ impl Resolver<'_> {
             .overlays
             .origins(&file.digest)
             .iter()
-            .filter(|origin| !self.is_own_output(file, origin))
+            .filter(|origin| match file.tree {
+                TreeKind::Input => !self.is_own_output(file, origin),
+                TreeKind::Text => origin.parent().is_some(),
+            })
             .collect();
         if origins.len() > 1 {
             let places: Vec<PathBuf> = roots(file.base).map(|root| root.join(file.path)).collect();
@@ -258,10 +295,8 @@ impl Resolver<'_> {
 
     /// Whether what `file` is depends on which action reads it: on one that writes it itself.
     pub fn is_read_by_its_writer(&self, file: TreeFile<'_>) -> bool {
-        let origins = self.parent.overlays.origins(&file.digest);
-        origins
-            .iter()
-            .any(|origin| self.is_own_output(file, origin))
+        let mut origins = self.parent.overlays.origins(&file.digest).iter();
+        file.tree == TreeKind::Input && origins.any(|origin| self.is_own_output(file, origin))
     }
 
     /// An action that rewrites one of its inputs does not wait for itself.
@@ -314,6 +349,7 @@ mod tests {
         known: Known,
         trees: Trees,
         producers: HashMap<(WeakKey, Digest), Node>,
+        expected: HashSet<WeakKey>,
     }
 
     const OTHER: WeakKey = WeakKey([7; 32]);
@@ -358,11 +394,22 @@ mod tests {
 
         /// What the file of node 0 at `path` is, when `done` have written "output" to "x".
         fn resolve(&self, path: &str, content: &str, done: &[Node]) -> Current<'static> {
+            self.resolve_in(TreeKind::Input, path, content, done)
+        }
+
+        fn resolve_in(
+            &self,
+            tree: TreeKind,
+            path: &str,
+            content: &str,
+            done: &[Node],
+        ) -> Current<'static> {
             let parent = fixture::invocation(self.overlays.clone());
             let resolver = Resolver {
                 key: parent.identity.weak_key(),
                 parent: &parent,
                 known: &self.known,
+                expected: &self.expected,
                 trees: &self.trees,
                 producers: &self.producers,
             };
@@ -370,6 +417,7 @@ mod tests {
             let file = TreeFile {
                 node: 0,
                 base: &base,
+                tree,
                 path,
                 digest: digest(content),
             };
@@ -503,6 +551,46 @@ mod tests {
             resolve(&asked_for, "a"),
             Current::Stored(digest("own source"))
         );
+    }
+
+    #[test]
+    fn of_what_stands_in_a_tree_that_text_names_only_other_parents_are_asked() {
+        let mut scene = Scene::default()
+            .origin("a", disk("/p/a"))
+            .origin("a", tree(None, "a"))
+            .origin("a", action(None, "maker", "x"))
+            .disk("/p/a", Some("on disk"))
+            .parent(own(), ("a", "in the own tree"), None);
+        scene.producers.insert((own(), digest("maker")), 7);
+        let resolve = |scene: &Scene| scene.resolve_in(TreeKind::Text, "a", "a", &[]);
+        assert_eq!(resolve(&scene), Current::Recorded);
+        let mut scene = scene.origin("a", action(Some(OTHER), "maker", "x"));
+        scene.producers.insert((OTHER, digest("maker")), 8);
+        assert_eq!(resolve(&scene), Current::Pending(8));
+        let scene = scene.origin("a", tree(Some(OTHER), "source")).parent(
+            OTHER,
+            ("source", "source"),
+            None,
+        );
+        assert_eq!(resolve(&scene), Current::Stored(digest("source")));
+    }
+
+    #[test]
+    fn in_a_tree_that_text_names_what_an_expected_parent_makes_itself_is_awaited() {
+        let artifact = |path: &str| Origin::Artifact {
+            parent: OTHER,
+            path: path.to_owned(),
+        };
+        let mut scene = Scene::default()
+            .origin("made", artifact("made"))
+            .origin("copied", artifact("copied"))
+            .origin("copied", tree(Some(OTHER), "source"));
+        let resolve = |scene: &Scene, kind, content| scene.resolve_in(kind, "p", content, &[]);
+        assert_eq!(resolve(&scene, TreeKind::Text, "made"), Current::Recorded);
+        scene.expected.insert(OTHER);
+        assert_eq!(resolve(&scene, TreeKind::Text, "made"), Current::Awaited);
+        assert_eq!(resolve(&scene, TreeKind::Text, "copied"), Current::Recorded);
+        assert_eq!(resolve(&scene, TreeKind::Input, "made"), Current::Recorded);
     }
 
     #[test]

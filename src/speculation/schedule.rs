@@ -14,7 +14,7 @@ use super::flights::{FlightKey, Urgency};
 use super::instantiate::{Adapted, Instantiation, Instantiator, Task, Texts, Unadaptable};
 use super::known::{Known, find_file, find_output};
 use super::parent::{BaseAction, Parent, ParentKind, WeakKey, action_parts};
-use super::resolve::{Current, Node, Resolver, TreeFile};
+use super::resolve::{Current, Node, Resolver, TreeFile, TreeKind};
 use super::workshop::Workshop;
 use crate::cas::Digest;
 use crate::cas::directories::Trees;
@@ -62,11 +62,12 @@ impl Subject {
             let with_texts = with_texts.filter_map(|base| action_parts(&base.encoded).ok());
             let of_bases = commands.entry(identity.instance.clone()).or_default();
             of_bases.extend(with_texts.map(|parts| parts.command));
-            if let ParentKind::Action(action) = &identity.kind
-                && let Some(current) = known.parents.get(&identity.weak_key())
-            {
+            if let ParentKind::Action(action) = &identity.kind {
                 let of_parents = roots.entry(action.instance.clone()).or_default();
-                of_parents.push(current.input_root);
+                match known.parents.get(&identity.weak_key()) {
+                    Some(current) => of_parents.push(current.input_root),
+                    None => of_parents.extend(&parent.text_roots),
+                }
             }
         }
         let mut subject = Subject {
@@ -110,6 +111,8 @@ pub enum Share {
 pub struct Plan {
     subject: Subject,
     keys: Vec<WeakKey>,
+    /// See `Resolver::expected`.
+    expected: HashSet<WeakKey>,
     texts: Vec<Texts>,
     actions: Vec<PlannedAction>,
     producers: HashMap<(WeakKey, Digest), Node>,
@@ -179,6 +182,17 @@ impl Plan {
         let texts = texts
             .map(|(planned, key)| texts_now(&planned.parent, *key, &subject.known))
             .collect();
+        let unasked = subject.parents.iter().zip(&keys);
+        let unasked = unasked.filter(|(planned, key)| {
+            planned.parent.executed.is_some() && !subject.known.parents.contains_key(key)
+        });
+        let expected = unasked.clone();
+        let expected = expected.filter(|(planned, _)| planned.share == Share::Whole);
+        let text_targets = unasked
+            .filter(|(planned, _)| !planned.parent.text_roots.is_empty())
+            .flat_map(|(planned, _)| planned.parent.overlays.iter())
+            .filter(|(_, origin)| origin.parent().is_some())
+            .map(|(target, _)| *target);
         let state = |action: &PlannedAction| match subject.parents[action.parent].share {
             Share::Whole => State::Waiting(0),
             Share::OnDemand => State::Idle,
@@ -190,9 +204,10 @@ impl Plan {
             producers,
             texts,
             actions,
+            expected: expected.map(|(_, key)| *key).collect(),
+            instantiator: Instantiator::new(text_targets.collect()),
             keys,
             subject,
-            instantiator: Instantiator::default(),
             flying: HashMap::new(),
             unchanged: Vec::new(),
             unadaptable: Vec::new(),
@@ -307,6 +322,7 @@ impl Plan {
             let file = TreeFile {
                 node,
                 base,
+                tree: TreeKind::Input,
                 path,
                 digest,
             };
@@ -336,6 +352,7 @@ impl Plan {
             key: self.keys[parent],
             parent: &self.subject.parents[parent].parent,
             known: &self.subject.known,
+            expected: &self.expected,
             trees: &self.subject.trees,
             producers: &self.producers,
         }
@@ -405,6 +422,7 @@ impl Plan {
             key: self.keys[action.parent],
             parent: &self.subject.parents[action.parent].parent,
             known: &self.subject.known,
+            expected: &self.expected,
             trees: &self.subject.trees,
             producers: &self.producers,
         };
@@ -514,8 +532,10 @@ mod tests {
     use super::*;
     use crate::cas::directories::Directory;
     use crate::reapi;
-    use crate::speculation::known::Sources;
-    use crate::speculation::parent::{Origin, OverlayTable, SubactionKey, fixture};
+    use crate::speculation::known::{CurrentParent, Sources};
+    use crate::speculation::parent::{
+        ActionParent, ExecutedParent, Origin, OverlayTable, ParentIdentity, SubactionKey, fixture,
+    };
     use bytes::Bytes;
     use prost::Message;
 
@@ -781,6 +801,241 @@ mod tests {
             ],
             "then as recorded"
         );
+    }
+
+    /// An element `app` whose one action reads nothing and runs in a sandbox, which has a header of
+    /// the element `dep`, and something else.
+    struct Sandboxed {
+        trees: Trees,
+        app: Parent,
+        dep: Parent,
+        command: Bytes,
+        known: Known,
+    }
+
+    impl Sandboxed {
+        fn new() -> Self {
+            let mut trees = Trees::new();
+            let root = sandbox(&mut trees, "old header");
+            let command = text_command(root);
+            let dep = element("dep", sources(&mut trees, "old header"), Vec::new());
+            let texts = vec![root.to_string()];
+            let mut app = element("app", sources(&mut trees, "app"), texts.clone());
+            app.text_roots = vec![root];
+            app.overlays.add(
+                digest("old header"),
+                Origin::Tree {
+                    parent: Some(dep.identity.weak_key()),
+                    path: "dep.h".to_owned(),
+                },
+            );
+            let (empty, encoded) = Digest::of_message(&reapi::Directory::default());
+            trees.insert(empty, Arc::new(Directory::parse(encoded).unwrap()));
+            let (digest, encoded) = text_action(root);
+            let base = BaseAction {
+                digest,
+                encoded,
+                texts,
+                ..fixture::base("compile", empty)
+            };
+            let action_key = action_parts(&base.encoded).unwrap().action_key;
+            let key = SubactionKey {
+                action_key,
+                mount: None,
+            };
+            app.actions.insert(key, Arc::new(base));
+            Sandboxed {
+                trees,
+                app,
+                dep,
+                command,
+                known: Known::default(),
+            }
+        }
+
+        fn asked(mut self, parent: WeakKey, input_root: Digest, texts: Vec<String>) -> Self {
+            let current = CurrentParent {
+                input_root,
+                texts: texts.into(),
+                outputs: None,
+            };
+            self.known.parents.insert(parent, current);
+            self
+        }
+
+        /// `dep` is asked for with this header.
+        fn dep(mut self, header: &str) -> Self {
+            let root = sources(&mut self.trees, header);
+            let key = self.dep.identity.weak_key();
+            self.asked(key, root, Vec::new())
+        }
+
+        fn start(self) -> (Plan, Vec<Ready>) {
+            let planned = [self.app, self.dep].map(|parent| PlannedParent {
+                parent: Arc::new(parent),
+                share: Share::Whole,
+            });
+            let mut plan = Plan::new(Subject {
+                parents: planned.into(),
+                trees: self.trees,
+                commands: HashMap::from([(Digest::of(&self.command), self.command)]),
+                known: self.known,
+            });
+            let ready = plan.start(&HashMap::new());
+            (plan, ready)
+        }
+    }
+
+    fn element(name: &str, input_root: Digest, texts: Vec<String>) -> Parent {
+        let mut parent = Parent::new(ParentIdentity {
+            instance: "".into(),
+            uid: None,
+            kind: ParentKind::Action(ActionParent {
+                instance: "".into(),
+                key: digest(name),
+                name: name.to_owned(),
+            }),
+        });
+        parent.executed = Some(Arc::new(ExecutedParent {
+            action: digest(name),
+            input_root,
+            texts,
+            outputs: Vec::new(),
+        }));
+        parent
+    }
+
+    fn keep(trees: &mut Trees, message: &reapi::Directory) -> Digest {
+        let (digest, encoded) = Digest::of_message(message);
+        trees.insert(digest, Arc::new(Directory::parse(encoded).unwrap()));
+        digest
+    }
+
+    fn file(name: &str, content: &str) -> reapi::FileNode {
+        reapi::FileNode {
+            name: name.to_owned(),
+            digest: Some(digest(content).to_proto()),
+            ..reapi::FileNode::default()
+        }
+    }
+
+    /// The tree of `dep`: its header.
+    fn sources(trees: &mut Trees, header: &str) -> Digest {
+        let message = reapi::Directory {
+            files: vec![file("dep.h", header)],
+            ..reapi::Directory::default()
+        };
+        keep(trees, &message)
+    }
+
+    /// The header in one directory, and something in another.
+    fn sandbox(trees: &mut Trees, header: &str) -> Digest {
+        let system = reapi::Directory {
+            files: vec![file("gcc", "gcc")],
+            ..reapi::Directory::default()
+        };
+        let below = [
+            ("bin", keep(trees, &system)),
+            ("include", sources(trees, header)),
+        ];
+        let below = below.map(|(name, digest)| reapi::DirectoryNode {
+            name: name.to_owned(),
+            digest: Some(digest.to_proto()),
+        });
+        let root = reapi::Directory {
+            directories: below.into(),
+            ..reapi::Directory::default()
+        };
+        keep(trees, &root)
+    }
+
+    fn text_command(root: Digest) -> Bytes {
+        let variable = reapi::command::EnvironmentVariable {
+            name: "ROOT".to_owned(),
+            value: root.to_string(),
+        };
+        let command = reapi::Command {
+            environment_variables: vec![variable],
+            ..reapi::Command::default()
+        };
+        command.encode_to_vec().into()
+    }
+
+    fn text_action(root: Digest) -> (Digest, Bytes) {
+        let property = reapi::platform::Property {
+            name: "root".to_owned(),
+            value: root.to_string(),
+        };
+        Digest::of_message(&reapi::Action {
+            command_digest: Some(Digest::of(&text_command(root)).to_proto()),
+            input_root_digest: Some(Digest::of(b"").to_proto()),
+            platform: Some(reapi::Platform {
+                properties: vec![property],
+            }),
+            ..reapi::Action::default()
+        })
+    }
+
+    #[test]
+    fn what_a_text_will_be_is_told_by_the_tree_that_it_names() {
+        let (_, ready) = Sandboxed::new().dep("new header").start();
+        let mut trees = Trees::new();
+        let root = sandbox(&mut trees, "new header");
+        assert_eq!(actions(&ready), [text_action(root).0]);
+        let (mut known, mut needed) = (HashSet::new(), HashMap::new());
+        ready[0].adapted.collect_blobs(&mut known, &mut needed);
+        let include = sources(&mut trees, "new header");
+        for new in [
+            root,
+            include,
+            Digest::of(&text_command(root)),
+            text_action(root).0,
+        ] {
+            assert!(needed.remove(&new).is_some(), "{new} is to be uploaded");
+        }
+        assert!(needed.is_empty(), "the rest is there: {needed:?}");
+    }
+
+    #[test]
+    fn a_text_whose_tree_is_as_it_was_stays() {
+        let (plan, ready) = Sandboxed::new().dep("old header").start();
+        assert_eq!(actions(&ready), []);
+        assert_eq!(plan.unchanged().count(), 1);
+    }
+
+    #[test]
+    fn what_the_own_parent_names_counts_more_than_what_was_foreseen() {
+        let scene = Sandboxed::new().dep("new header");
+        let key = scene.app.identity.weak_key();
+        let executed = scene.app.executed.clone().unwrap();
+        let named = digest("a root that nobody could foresee");
+        let (_, ready) = scene
+            .asked(key, executed.input_root, vec![named.to_string()])
+            .start();
+        assert_eq!(actions(&ready), [text_action(named).0]);
+    }
+
+    #[test]
+    fn a_text_that_cannot_be_foreseen_is_waited_for() {
+        let mut unread = Sandboxed::new().dep("new header");
+        let root = unread.app.text_roots[0];
+        unread.trees.remove(&root);
+        let mut vanished = Sandboxed::new();
+        let key = vanished.dep.identity.weak_key();
+        let nothing = keep(&mut vanished.trees, &reapi::Directory::default());
+        let vanished = vanished.asked(key, nothing, Vec::new());
+        let mut awaited = Sandboxed::new();
+        let made = Origin::Artifact {
+            parent: awaited.dep.identity.weak_key(),
+            path: "dep.h".to_owned(),
+        };
+        awaited.app.overlays = OverlayTable::default();
+        awaited.app.overlays.add(digest("old header"), made);
+        for scene in [unread, vanished, awaited.dep("new header")] {
+            let (mut plan, ready) = scene.start();
+            assert_eq!(actions(&ready), []);
+            assert_eq!(plan.take_unadaptable(), [], "another plan will know more");
+        }
     }
 
     #[test]

@@ -558,6 +558,11 @@ pub(super) fn stored_parent(parent: &Parent) -> proto::Parent {
             .iter()
             .map(|(target, origin)| stored_overlay(*target, origin))
             .collect(),
+        text_roots: parent
+            .text_roots
+            .iter()
+            .filter_map(|root| stored_digest(*root))
+            .collect(),
         ..proto::Parent::default()
     };
     match &identity.kind {
@@ -601,8 +606,12 @@ fn identity(stored: &proto::Parent) -> Option<ParentIdentity> {
 pub(super) fn parent_of(stored: &proto::Parent) -> Option<Parent> {
     let action = stored.action.as_ref();
     let executed = action.and_then(|action| execution(action.executed.as_ref()?));
+    let text_roots = stored.text_roots.iter();
     Some(Parent {
         overlays: overlays(&stored.overlays),
+        text_roots: text_roots
+            .map(|root| digest_of(Some(root)))
+            .collect::<Option<_>>()?,
         executed: executed.map(Arc::new),
         last_seen_unix_ms: stored.last_seen_unix_ms,
         ..Parent::new(identity(stored)?)
@@ -816,6 +825,7 @@ mod tests {
         }
         let source = Origin::Disk(format!("{root}/a.c").into());
         parent.overlays.add(Digest::of(b"a.c"), source);
+        parent.text_roots = vec![Digest::of(b"sandbox")];
         parent
     }
 
@@ -833,6 +843,7 @@ mod tests {
     fn assert_same(one: &Parent, other: &Parent) {
         assert_eq!(one.identity, other.identity);
         assert_eq!(one.actions, other.actions);
+        assert_eq!(one.text_roots, other.text_roots);
         assert_eq!(one.last_seen_unix_ms, other.last_seen_unix_ms);
         let overlays = |parent: &Parent| {
             let mut overlays: Vec<_> = parent

@@ -191,16 +191,25 @@ impl World {
 
     /// The input files of an action by path; `None` if anything is missing.
     pub fn inputs(&self, run: &Run) -> Option<BTreeMap<String, Bytes>> {
-        let action = Action::decode(self.blob(&run.instance, run.action)?).ok()?;
+        let action = self.action(run)?;
         let root = Digest::try_from(action.input_root_digest.as_ref()?).ok()?;
+        self.files(&run.instance, root)
+    }
+
+    pub fn action(&self, run: &Run) -> Option<Action> {
+        Action::decode(self.blob(&run.instance, run.action)?).ok()
+    }
+
+    /// The files of a tree by path; `None` if anything is missing.
+    pub fn files(&self, instance: &str, root: Digest) -> Option<BTreeMap<String, Bytes>> {
         let mut files = BTreeMap::new();
         let mut open = vec![(String::new(), root)];
         while let Some((path, directory)) = open.pop() {
-            let directory = Directory::decode(self.blob(&run.instance, directory)?).ok()?;
+            let directory = Directory::decode(self.blob(instance, directory)?).ok()?;
             for file in &directory.files {
                 let digest = Digest::try_from(file.digest.as_ref()?).ok()?;
                 let path = format!("{path}{}", file.name);
-                files.insert(path, self.blob(&run.instance, digest)?);
+                files.insert(path, self.blob(instance, digest)?);
             }
             for child in &directory.directories {
                 let digest = Digest::try_from(child.digest.as_ref()?).ok()?;

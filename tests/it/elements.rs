@@ -21,7 +21,7 @@ use prost::Message;
 use tempfile::TempDir;
 use tonic::Streaming;
 
-use crate::backend::{FakeBackend, Outcome, compile};
+use crate::backend::{FakeBackend, Outcome, Run, World, compile};
 use crate::client::{self, Action, Build, Way, connect, keep, last, tree};
 use crate::support::{PATIENCE, Primed, scratch};
 
@@ -30,6 +30,9 @@ type Files = Vec<(String, Bytes)>;
 
 /// What the next execution of each element is to put out.
 type Artifacts = Arc<Mutex<HashMap<Digest, Files>>>;
+
+/// The platform property that names the sandbox's root.
+const ROOT_PROPERTY: &str = "chrootRootDigest";
 
 struct Stage {
     backend: FakeBackend,
@@ -60,6 +63,64 @@ struct Settings<'a> {
     arguments: &'a str,
     /// Given to what runs inside.
     root: Option<&'a str>,
+    /// What it names, to be uploaded.
+    sandbox: Option<&'a Sandbox>,
+}
+
+/// A tree of its own, which what runs inside names by text.
+struct Sandbox {
+    text: String,
+    blobs: HashMap<Digest, Bytes>,
+}
+
+impl Sandbox {
+    fn of(staged: &[&Files]) -> Self {
+        let files: Files = staged
+            .iter()
+            .flat_map(|files| files.iter().cloned())
+            .collect();
+        let mut blobs = HashMap::new();
+        let root = tree(&files, &mut blobs);
+        Sandbox {
+            text: root.to_string(),
+            blobs,
+        }
+    }
+
+    fn settings(&self) -> Settings<'_> {
+        Settings {
+            root: Some(&self.text),
+            sandbox: Some(self),
+            ..Settings::default()
+        }
+    }
+}
+
+/// Compiles, in the sandbox that the platform names if that is a tree: the output depends on all
+/// files in it, and there is none if one is missing.
+fn compile_in_sandbox(world: &World, run: &Run) -> Outcome {
+    let outcome = compile(world, run);
+    let platform = world.action(run).and_then(|action| action.platform);
+    let properties = platform
+        .into_iter()
+        .flat_map(|platform| platform.properties);
+    let mut roots = properties.filter(|property| property.name == ROOT_PROPERTY);
+    let (Some(root), Outcome::Output(output)) = (roots.next(), outcome.clone()) else {
+        return outcome;
+    };
+    let root: Digest = root.value.parse().unwrap();
+    let blob = world.blob(&run.instance, root);
+    if blob.is_some_and(|blob| Directory::decode(blob).is_err()) {
+        return outcome;
+    }
+    let Some(files) = world.files(&run.instance, root) else {
+        return Outcome::Failed(tonic::Code::FailedPrecondition);
+    };
+    let mut output = String::from_utf8(output.to_vec()).unwrap();
+    for (path, content) in files {
+        output.push_str(&format!("\n/{path} {}", Digest::of(&content)));
+    }
+    Outcome::Output(output.into())
 }
 
 impl Stage {
@@ -76,7 +137,7 @@ impl Stage {
             .world
             .behave(move |world, run| match known.lock().get(&run.action) {
                 Some(files) => Outcome::Files(files.clone()),
-                None => compile(world, run),
+                None => compile_in_sandbox(world, run),
             });
         let primed = Primed::start_with(scratch.path(), &backend.address(), arguments);
         Stage {
@@ -229,7 +290,7 @@ impl Element<'_> {
         };
         let platform = Some(Platform {
             properties: vec![platform::Property {
-                name: "chrootRootDigest".to_owned(),
+                name: ROOT_PROPERTY.to_owned(),
                 value: text.clone(),
             }],
         });
@@ -309,6 +370,12 @@ fn element(
     let staged = staged.iter().flat_map(|files| files.iter().cloned());
     let files: Files = sources.chain(staged).collect();
     let mut blobs = HashMap::new();
+    blobs.extend(
+        settings
+            .sandbox
+            .iter()
+            .flat_map(|sandbox| sandbox.blobs.clone()),
+    );
     let root = tree(&files, &mut blobs);
     let words = format!("build {name} {}", settings.arguments);
     let root_text = settings.root.unwrap_or_default();
@@ -355,12 +422,10 @@ async fn build_app(app: &mut Element<'_>, header: &Bytes) -> Bytes {
 #[tokio::test]
 async fn a_changed_dependency_primes_what_is_built_from_it_before_that_is_asked_for() {
     let stage = Stage::set();
-    for round in ["one", "two"] {
+    for (before, round) in ["one", "two", "three"].into_iter().enumerate() {
         let header = text(round);
         let dep = stage.begin("dep", &[("dep.h", round)], &[]).await;
-        if round == "two" {
-            assert_eq!(stage.primed_by_now(2).await, ["compile main", "link"]);
-        }
+        stage.primed_by_now(2 * before).await;
         let (dep, _) = dep.end(&[("usr/include/dep.h", &header)]).await;
         let mut app = stage.begin("app", &[("main.c", "main")], &[&dep]).await;
         let program = build_app(&mut app, &header).await;
@@ -373,7 +438,8 @@ async fn a_changed_dependency_primes_what_is_built_from_it_before_that_is_asked_
             _ => {
                 assert_eq!(ways, [Way::Found; 2]);
                 assert_eq!(stage.counts("app"), (2, 0, 0));
-                assert_eq!(stage.speculative().len(), 2, "and nothing else");
+                let primed = ["compile main", "link"].repeat(before);
+                assert_eq!(stage.speculative(), primed, "and nothing else");
             }
         }
     }
@@ -589,7 +655,8 @@ async fn digests_in_platform_and_environment_are_adapted_once_the_element_tells_
     let stage = Stage::set();
     for (round, header) in [("one", "a"), ("two", "b"), ("three", "b")] {
         let content = text(header);
-        let root = Digest::of(round.as_bytes()).to_string();
+        // It names no tree.
+        let root = stage.backend.world.put("", text(round)).to_string();
         if round != "three" {
             let dep = stage.begin("dep", &[("dep.h", header)], &[]).await;
             dep.end(&[("usr/include/dep.h", &content)]).await;
@@ -616,6 +683,172 @@ async fn digests_in_platform_and_environment_are_adapted_once_the_element_tells_
             _ => assert_eq!(stage.counts("app"), (2, 0, 0), "{round}"),
         }
     }
+}
+
+/// Compiles and links `app` in its sandbox, which has the headers.
+async fn build_in_sandbox(app: &mut Element<'_>) -> Bytes {
+    let object = app
+        .run("compile main", &[("main.c", &text("main"))], "main.o")
+        .await;
+    app.run("link", &[("main.o", &object)], "app").await
+}
+
+/// What nobody has built: not small, and the same for all.
+fn base() -> Files {
+    let file = |path: &str| (path.to_owned(), text(path));
+    let mut files = vec![file("usr/bin/gcc"), file("usr/include/stdio.h")];
+    files.push(("usr/share/empty".to_owned(), Bytes::new()));
+    files
+}
+
+#[tokio::test]
+async fn a_changed_header_in_a_sandbox_primes_what_is_built_in_it_before_that_is_asked_for() {
+    let stage = Stage::set();
+    let base = base();
+    for (before, round) in ["one", "two", "three"].into_iter().enumerate() {
+        let dep = stage.begin("dep", &[("dep.h", round)], &[&base]).await;
+        let primed = ["compile main", "link"].repeat(before);
+        assert_eq!(stage.primed_by_now(2 * before).await, primed);
+        let (dep, _) = dep.end(&[("usr/include/dep.h", &text(round))]).await;
+        let sandbox = Sandbox::of(&[&base, &dep]);
+        let (settings, sources) = (sandbox.settings(), [("main.c", "main")]);
+        let mut app = stage
+            .begin_with(settings, "app", &sources, &[&base, &dep])
+            .await;
+        let program = build_in_sandbox(&mut app).await;
+        let (_, ways) = app.end(&[("usr/bin/app", &program)]).await;
+        match before {
+            0 => assert_eq!(stage.counts("app"), (0, 0, 2)),
+            _ => {
+                assert_eq!(ways, [Way::Found; 2]);
+                assert_eq!(stage.counts("app"), (2, 0, 0));
+            }
+        }
+        assert_eq!(stage.speculative(), primed, "and nothing else");
+    }
+}
+
+#[tokio::test]
+async fn sandboxes_are_followed_from_element_to_element() {
+    let stage = Stage::set();
+    let base = base();
+    for (before, round) in ["one", "two", "three"].into_iter().enumerate() {
+        let dep = stage.begin("dep", &[("dep.h", round)], &[&base]).await;
+        let primed = ["compile lib", "compile main", "link"].repeat(before);
+        assert_eq!(stage.primed_by_now(3 * before).await, primed);
+        let (dep, _) = dep.end(&[("usr/include/dep.h", &text(round))]).await;
+        let sandbox = Sandbox::of(&[&base, &dep]);
+        let (settings, sources) = (sandbox.settings(), [("lib.c", "lib")]);
+        let mut lib = stage
+            .begin_with(settings, "lib", &sources, &[&base, &dep])
+            .await;
+        let object = lib
+            .run("compile lib", &[("lib.c", &text("lib"))], "lib.o")
+            .await;
+        let (lib, _) = lib.end(&[("usr/lib/lib.o", &object)]).await;
+        let sandbox = Sandbox::of(&[&base, &dep, &lib]);
+        let (settings, sources) = (sandbox.settings(), [("main.c", "main")]);
+        let mut app = stage
+            .begin_with(settings, "app", &sources, &[&base, &dep, &lib])
+            .await;
+        let program = build_in_sandbox(&mut app).await;
+        app.end(&[("usr/bin/app", &program)]).await;
+        if before > 0 {
+            assert_eq!(stage.counts("lib"), (1, 0, 0));
+            assert_eq!(stage.counts("app"), (2, 0, 0));
+        }
+        assert_eq!(stage.speculative(), primed, "and nothing else");
+    }
+}
+
+#[tokio::test]
+async fn what_elements_make_by_themselves_is_awaited_before_a_sandbox_is_foreseen() {
+    let stage = Stage::set();
+    let base = base();
+    for (before, round) in ["one", "two", "three"].into_iter().enumerate() {
+        // What both put out is made by nothing that primed could see.
+        let made = |name: &str| text(&format!("{name} made from {round}"));
+        let dep = stage.begin("dep", &[("in", round)], &[&base]).await;
+        let (dep, _) = dep.end(&[("usr/include/dep.h", &made("dep"))]).await;
+        let primed = ["compile lib", "compile main", "link"].repeat(before);
+        if before > 0 {
+            let first = stage.primed_by_now(3 * before - 2).await;
+            assert_eq!(first, primed[..3 * before - 2], "only its header is there");
+        }
+        let sandbox = Sandbox::of(&[&base, &dep]);
+        let (settings, sources) = (sandbox.settings(), [("lib.c", "lib")]);
+        let mut lib = stage
+            .begin_with(settings, "lib", &sources, &[&base, &dep])
+            .await;
+        lib.run("compile lib", &[("lib.c", &text("lib"))], "lib.o")
+            .await;
+        let (lib, _) = lib.end(&[("usr/lib/lib.so", &made("lib"))]).await;
+        assert_eq!(stage.primed_by_now(3 * before).await, primed);
+        let sandbox = Sandbox::of(&[&base, &dep, &lib]);
+        let (settings, sources) = (sandbox.settings(), [("main.c", "main")]);
+        let mut app = stage
+            .begin_with(settings, "app", &sources, &[&base, &dep, &lib])
+            .await;
+        let program = build_in_sandbox(&mut app).await;
+        app.end(&[("usr/bin/app", &program)]).await;
+        if before > 0 {
+            assert_eq!(stage.counts("lib"), (1, 0, 0));
+            assert_eq!(stage.counts("app"), (2, 0, 0));
+        }
+        assert_eq!(stage.speculative(), primed, "and nothing else");
+    }
+}
+
+#[tokio::test]
+async fn a_sandbox_that_is_another_than_foreseen_wastes_and_is_followed_once_it_is_named() {
+    let stage = Stage::set();
+    let base = base();
+    let unrelated = vec![("usr/bin/new".to_owned(), text("of nobody"))];
+    for round in ["one", "two"] {
+        let dep = stage.begin("dep", &[("dep.h", round)], &[&base]).await;
+        if round == "two" {
+            assert_eq!(stage.primed_by_now(2).await, ["compile main", "link"]);
+        }
+        let (dep, _) = dep.end(&[("usr/include/dep.h", &text(round))]).await;
+        let mut staged = vec![&base, &dep];
+        if round == "two" {
+            staged.push(&unrelated);
+        }
+        let sandbox = Sandbox::of(&staged);
+        let (settings, sources) = (sandbox.settings(), [("main.c", "main")]);
+        let mut app = stage.begin_with(settings, "app", &sources, &staged).await;
+        if round == "two" {
+            let primed = ["compile main", "link"].repeat(2);
+            assert_eq!(stage.primed_by_now(4).await, primed);
+        }
+        let program = build_in_sandbox(&mut app).await;
+        app.end(&[("usr/bin/app", &program)]).await;
+    }
+    assert_eq!(stage.counts("app"), (2, 0, 0));
+    assert_eq!(stage.speculative().len(), 4);
+}
+
+#[tokio::test]
+async fn a_sandbox_in_which_nothing_changed_keeps_nobody_waiting() {
+    let stage = Stage::set();
+    let base = base();
+    let sandbox = Sandbox::of(&[&base]);
+    for round in ["one", "two"] {
+        let header = text(round);
+        let dep = stage.begin("dep", &[("dep.h", round)], &[&base]).await;
+        if round == "two" {
+            assert_eq!(stage.primed_by_now(2).await, ["compile main", "link"]);
+        }
+        let (dep, _) = dep.end(&[("usr/include/dep.h", &header)]).await;
+        let (settings, sources) = (sandbox.settings(), [("main.c", "main")]);
+        let mut app = stage
+            .begin_with(settings, "app", &sources, &[&base, &dep])
+            .await;
+        let program = build_app(&mut app, &header).await;
+        app.end(&[("usr/bin/app", &program)]).await;
+    }
+    assert_eq!(stage.counts("app"), (2, 0, 0));
+    assert_eq!(stage.speculative().len(), 2);
 }
 
 #[tokio::test]

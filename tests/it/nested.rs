@@ -193,6 +193,14 @@ impl Stage {
         builds
     }
 
+    /// How many actions primed has adapted so far.
+    fn adapted(&self) -> u64 {
+        let log = self.primed.daemon.log();
+        let lines = log.lines().filter(|line| line.contains(" adapted "));
+        let actions = lines.map(|line| line.rsplit_once("actions=").unwrap().1);
+        actions.map(|actions| actions.parse::<u64>().unwrap()).sum()
+    }
+
     /// What was asked for in all builds so far.
     pub fn asked(&self) -> u64 {
         let status = self.primed.status();
@@ -477,6 +485,32 @@ fn after_each_change_of_a_dependency_all_nested_calls_of_elements_are_primed() {
             assert_eq!(stage.sum("program.bst"), sum_of(dep, 6));
             for element in ["library.bst", "program.bst"] {
                 all_primed(stage.worker, &stage.parents(element, dep));
+            }
+        }
+    });
+}
+
+#[test]
+fn when_a_dependency_is_built_all_nested_calls_are_primed_of_elements_that_nobody_asked_for_yet() {
+    on_each_stage(|stage| {
+        stage.build(&["program.bst"]);
+        for dep in 2..=3 {
+            stage.primed.wait();
+            let before = stage.adapted();
+            stage.edit(dep);
+            stage.build(&["dep.bst"]);
+            stage.primed.wait();
+            assert_eq!(stage.adapted() - before, 2 * NESTED);
+            stage.build(&["program.bst"]);
+            assert_eq!(stage.sum("program.bst"), sum_of(dep, 6));
+            for element in ["library.bst", "program.bst"] {
+                all_primed(stage.worker, &stage.parents(element, dep));
+            }
+            assert_eq!(stage.adapted() - before, 2 * NESTED, "as was foreseen");
+            for element in ["library", "program"] {
+                let recorded = format!("buildstream/nest/{element}.bst\" actions={NESTED} ");
+                let recorded = stage.primed.daemon.log().matches(&recorded).count();
+                assert_eq!(recorded as i64, dep, "{element}");
             }
         }
     });
