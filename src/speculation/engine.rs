@@ -549,6 +549,7 @@ impl State {
         } = found;
         let caller = self.build_of(&origin).caller.clone();
         let caller = caller.nested_in(key.clone(), identity.clone());
+        let asked = caller.parent(&identity.instance);
         let family = Family::of(&identity, caller.uid, &self.parents);
         let group = Group::Actions {
             instance: identity.instance.clone(),
@@ -569,6 +570,7 @@ impl State {
             let open = OpenParent {
                 _completing: self.subactions.begin(key.clone()),
                 group: group.clone(),
+                asked: asked.clone(),
                 keys: family.keys.iter().chain(&family.earlier).copied().collect(),
                 executed: ExecutedParent {
                     action: key.action,
@@ -579,10 +581,11 @@ impl State {
             };
             self.nested.begin(key, open);
         }
-        if family.is_empty() {
+        let workshop = &self.workshop;
+        let others_may_know = family.keys.is_empty() && workshop.sharing.is_some();
+        if family.is_empty() && !others_may_know {
             return;
         }
-        let workshop = &self.workshop;
         self.primings
             .entry(group)
             .or_insert_with_key(|group| Priming::start(group, workshop.clone()))
@@ -594,6 +597,7 @@ impl State {
                 },
                 family,
                 build: number,
+                unrecorded: others_may_know.then_some(asked),
             }));
     }
 
@@ -612,6 +616,7 @@ impl State {
         let Some(mut closed) = closed else { return };
         if let (Some(outputs), Some(priming)) = (&outputs, self.primings.get(&closed.group)) {
             priming.tell(Message::Closed {
+                asked: closed.asked,
                 keys: closed.keys,
                 outputs: outputs.clone(),
             });

@@ -98,6 +98,8 @@ pub struct World {
     kept_open: watch::Sender<HashSet<Digest>>,
     /// While it is set, blobs that primed reads come back damaged.
     pub damage: Mutex<bool>,
+    /// Whether clients may write to the action cache.
+    pub takes_updates: Mutex<bool>,
     /// Calls that have another `authorization` are refused; all are welcome where it is empty.
     pub authorization: Mutex<String>,
 }
@@ -262,6 +264,7 @@ impl FakeBackend {
             hold: watch::Sender::new(false),
             kept_open: watch::Sender::default(),
             damage: Mutex::new(false),
+            takes_updates: Mutex::new(true),
             authorization: Mutex::default(),
         });
         let socket = directory.join("backend.sock");
@@ -351,7 +354,8 @@ fn is_primed<T>(request: &Request<T>) -> bool {
         .and_then(|value| value.to_bytes().ok())
         .and_then(|bytes| RequestMetadata::decode(bytes).ok())
         .and_then(|metadata| metadata.tool_details)
-        .is_some_and(|tool| tool.tool_name == "primed")
+        // buildbox-casd adds that it was by way of itself.
+        .is_some_and(|tool| tool.tool_name.split(' ').next() == Some("primed"))
 }
 
 /// What `grpc-timeout` says.
@@ -393,6 +397,10 @@ impl Capabilities for Service {
         Ok(Response::new(ServerCapabilities {
             cache_capabilities: Some(CacheCapabilities {
                 max_batch_total_size_bytes: 1024 * 1024,
+                action_cache_update_capabilities: Some(ActionCacheUpdateCapabilities {
+                    update_enabled: *self.0.takes_updates.lock(),
+                }),
+                digest_functions: vec![digest_function::Value::Sha256 as i32],
                 ..CacheCapabilities::default()
             }),
             execution_capabilities: Some(ExecutionCapabilities {
@@ -426,6 +434,22 @@ impl ActionCache for Service {
         result
             .map(Response::new)
             .ok_or_else(|| Status::not_found("no result"))
+    }
+
+    async fn update_action_result(
+        &self,
+        request: Request<UpdateActionResultRequest>,
+    ) -> Result<Response<ActionResult>, Status> {
+        if !*self.0.takes_updates.lock() {
+            return Err(Status::permission_denied("no updates"));
+        }
+        let request = request.into_inner();
+        let action = digest(request.action_digest.as_ref())?;
+        let result = request.action_result.unwrap_or_default();
+        let mut state = self.0.state.lock();
+        let name = (request.instance_name, action);
+        state.results.insert(name, result.clone());
+        Ok(Response::new(result))
     }
 }
 

@@ -23,7 +23,7 @@ use tonic::Streaming;
 
 use crate::backend::{FakeBackend, Outcome, compile};
 use crate::client::{self, Action, Build, Way, connect, keep, last, tree};
-use crate::support::{PATIENCE, Primed, scratch};
+use crate::support::{Casd, PATIENCE, Primed, scratch};
 
 /// Files by path.
 type Files = Vec<(String, Bytes)>;
@@ -32,8 +32,10 @@ type Files = Vec<(String, Bytes)>;
 type Artifacts = Arc<Mutex<HashMap<Digest, Files>>>;
 
 struct Stage {
-    backend: FakeBackend,
     primed: Primed,
+    /// Between primed and the backend, on a second machine.
+    _casd: Option<Casd>,
+    backend: Arc<FakeBackend>,
     artifacts: Artifacts,
     scratch: TempDir,
 }
@@ -80,9 +82,35 @@ impl Stage {
             });
         let primed = Primed::start_with(scratch.path(), &backend.address(), arguments);
         Stage {
-            backend,
             primed,
+            _casd: None,
+            backend: Arc::new(backend),
             artifacts,
+            scratch,
+        }
+    }
+
+    /// A machine of its own, with a primed without records that shares, and a casd, before the same
+    /// backend.
+    fn second_machine(&self) -> Self {
+        let scratch = scratch();
+        let casd = Casd::proxy_of(scratch.path(), &self.backend.address());
+        let stage = self.newcomer(scratch, &casd.address());
+        Stage {
+            _casd: Some(casd),
+            ..stage
+        }
+    }
+
+    /// A primed without records that shares, before `upstream`.
+    fn newcomer(&self, scratch: TempDir, upstream: &str) -> Self {
+        let primed = Primed::start_with(scratch.path(), upstream, &["--share"]);
+        assert_eq!(primed.status()["records"]["parents"], 0);
+        Stage {
+            primed,
+            _casd: None,
+            backend: self.backend.clone(),
+            artifacts: self.artifacts.clone(),
             scratch,
         }
     }
@@ -688,4 +716,65 @@ async fn the_same_command_in_two_directories_is_two_actions() {
     }
     assert_eq!(stage.counts("app"), (2, 0, 0));
     assert_eq!(stage.speculative().len(), 2);
+}
+
+/// Builds `dep`, which generates the header that `app` is compiled with, and `app`.
+async fn build_both(stage: &Stage, round: &str, primed: &[&str]) {
+    let mut dep = stage.begin("dep", &[("spec", round)], &[]).await;
+    assert_eq!(stage.primed_by_now(primed.len()).await, primed);
+    let header = dep
+        .run("generate", &[("spec", &text(round))], "dep.h")
+        .await;
+    let (dep, _) = dep.end(&[("usr/include/dep.h", &header)]).await;
+    let mut app = stage.begin("app", &[("main.c", "main")], &[&dep]).await;
+    let program = build_app(&mut app, &header).await;
+    app.end(&[("usr/bin/app", &program)]).await;
+}
+
+/// Waits until both elements are shared.
+async fn shared(stage: &Stage) {
+    let shared = "share: shared parent=\"action in";
+    let log = || stage.primed.daemon.log();
+    stage
+        .until("both are shared", || log().matches(shared).count() == 2)
+        .await;
+}
+
+#[tokio::test]
+async fn another_machine_primes_elements_and_their_dependents_from_what_the_first_one_shared() {
+    let first = Stage::set_with(&["--share"]);
+    build_both(&first, "one", &[]).await;
+    shared(&first).await;
+    let second = first.second_machine();
+    build_both(&second, "two", &["generate", "compile main", "link"]).await;
+    assert_eq!(second.counts("dep"), (1, 0, 0));
+    assert_eq!(second.counts("app"), (2, 0, 0));
+    for stage in [&first, &second] {
+        let log = stage.primed.daemon.log();
+        assert!(
+            !log.contains(" WARN ") && !log.contains("panicked"),
+            "{log}"
+        );
+    }
+}
+
+#[tokio::test]
+async fn a_backend_that_takes_no_updates_is_read_from_and_that_is_said_once() {
+    let first = Stage::set_with(&["--share"]);
+    build_both(&first, "one", &[]).await;
+    shared(&first).await;
+    *first.backend.world.takes_updates.lock() = false;
+    let second = first.newcomer(scratch(), &first.backend.address());
+    build_both(&second, "two", &["generate", "compile main", "link"]).await;
+    let said = || {
+        let log = second.primed.daemon.log();
+        let warnings: Vec<&str> = log.lines().filter(|line| line.contains("WARN")).collect();
+        warnings.join("\n")
+    };
+    second
+        .until("it is said", || {
+            said().contains("the backend allows no action-cache updates")
+        })
+        .await;
+    assert_eq!(said().lines().count(), 1, "{}", said());
 }
