@@ -21,6 +21,7 @@ use super::flights::{FlightKey, Flights};
 use super::known::CurrentParent;
 use super::nested::{Answered, Nested, OpenParent};
 use super::observation::{Call, CallOrigin, Observation};
+use super::operations::operations;
 use super::parent::{ExecutedParent, ParentIdentity, ParentKind, WeakKey};
 use super::priming::{Family, Group, Message, Opened, Priming};
 use super::record::{Subaction, execution_time};
@@ -137,7 +138,7 @@ pub fn engine(parts: EngineParts) -> (Engine, mpsc::Sender<Request>, Runner) {
         "lane",
         lane::run(
             parts.flights.clone(),
-            parts.backend,
+            parts.backend.clone(),
             workshop.activities.clone(),
         ),
     );
@@ -167,6 +168,9 @@ pub fn engine(parts: EngineParts) -> (Engine, mpsc::Sender<Request>, Runner) {
         observations: observed,
         flights: parts.flights,
         subactions,
+        operations: operations(),
+        hidden_hits: Arc::default(),
+        backend: parts.backend,
         dropped: dropped.clone(),
         memory: Arc::new(Semaphore::new(TAP_MEMORY_KIB)),
         urgent: Arc::default(),
@@ -456,7 +460,8 @@ impl State {
                 None
             }
         };
-        if self.nested.is_open(&call.key) {
+        // Whoever has lost the stream may go on waiting for the operation.
+        if self.nested.is_open(&call.key) && !call.answer.is_cut_off() {
             let succeeded = result.clone().filter(|result| result.exit_code == 0);
             self.end_parent(&call.key, succeeded.map(Arc::new));
         }

@@ -96,6 +96,8 @@ pub struct World {
     hold: watch::Sender<bool>,
     /// Executions of these actions do not end.
     kept_open: watch::Sender<HashSet<Digest>>,
+    /// Operations that are done, by name.
+    done: watch::Sender<HashMap<String, Operation>>,
     /// While it is set, blobs that primed reads come back damaged.
     pub damage: Mutex<bool>,
     /// Whether clients may write to the action cache.
@@ -263,6 +265,7 @@ impl FakeBackend {
             behaviour: Mutex::new(Arc::new(compile)),
             hold: watch::Sender::new(false),
             kept_open: watch::Sender::default(),
+            done: watch::Sender::default(),
             damage: Mutex::new(false),
             takes_updates: Mutex::new(true),
             authorization: Mutex::default(),
@@ -677,6 +680,31 @@ impl Execution for Service {
                         &response,
                     ))),
                 };
+                world.done.send_modify(|all| {
+                    all.insert(done.name.clone(), done.clone());
+                });
+                let _ = operations.send(Ok(done)).await;
+            }
+        });
+        Ok(Response::new(Box::pin(ReceiverStream::new(stream))))
+    }
+
+    async fn wait_execution(
+        &self,
+        request: Request<WaitExecutionRequest>,
+    ) -> Result<Response<BoxStream<Operation>>, Status> {
+        let name = request.into_inner().name;
+        let mut done = self.0.done.subscribe();
+        let (operations, stream) = mpsc::channel(4);
+        primed::task::spawn("waiting", async move {
+            let begun = Operation {
+                name: name.clone(),
+                ..Operation::default()
+            };
+            let _ = operations.send(Ok(begun)).await;
+            let done = done.wait_for(|all| all.contains_key(&name)).await;
+            let done = done.map(|all| all[&name].clone());
+            if let Ok(done) = done {
                 let _ = operations.send(Ok(done)).await;
             }
         });

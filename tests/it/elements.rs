@@ -49,11 +49,20 @@ struct Element<'a> {
     nested: Build,
     /// Text in the platform and the environment of what runs inside.
     root: Option<String>,
-    /// A proxy between answers what it can without asking primed.
-    cached_between: bool,
+    between: Between,
     ways: Vec<Way>,
     /// What was run inside.
     subactions: Vec<Digest>,
+}
+
+/// What stands between what runs inside and primed.
+#[derive(Clone, Copy, PartialEq)]
+enum Between {
+    Nothing,
+    /// A proxy that answers what it can without a word.
+    SilentProxy,
+    /// One that asks whether the outputs are still there, as buildbox-casd does.
+    AskingProxy,
 }
 
 /// How an element is built, beside its name and its inputs.
@@ -167,7 +176,7 @@ impl Stage {
             client,
             nested: self.client("recc", "buildbox:6"),
             root: settings.root.map(str::to_owned),
-            cached_between: false,
+            between: Between::Nothing,
             ways: Vec::new(),
             subactions: Vec::new(),
         }
@@ -231,10 +240,14 @@ impl Element<'_> {
         let mut blobs = HashMap::new();
         let root = tree(&inputs, &mut blobs);
         let action = self.action(command, root, output, blobs);
-        let between = self.stage.backend.world.result("", action.digest);
-        let (way, result) = match between.filter(|_| self.cached_between) {
-            Some(result) => (Way::Found, result),
-            None => self.nested.run(&action).await,
+        let known = self.stage.backend.world.result("", action.digest);
+        let (way, result) = match (self.between, known) {
+            (Between::Nothing, _) | (_, None) => self.nested.run(&action).await,
+            (Between::SilentProxy, Some(result)) => (Way::Found, result),
+            (Between::AskingProxy, Some(result)) => {
+                self.nested.confirm(action.digest, &result).await;
+                (Way::Found, result)
+            }
         };
         assert_eq!(result.exit_code, 0);
         self.ways.push(way);
@@ -288,7 +301,7 @@ impl Element<'_> {
         let recorded = stage.recorded();
         let result = last(self.operations).await.result.unwrap();
         assert_eq!(result.exit_code, 0);
-        if !self.cached_between {
+        if self.between != Between::SilentProxy {
             let named = result.subactions.iter().map(Digest::try_from);
             let named: Vec<Digest> = named.map(Result::unwrap).collect();
             assert_eq!(
@@ -674,7 +687,9 @@ async fn what_a_proxy_between_answers_itself_is_known_the_next_time() {
         let sources = [("main.c", content), ("same.c", "same")];
         let mut app = stage.begin("app", &sources, &[&header]).await;
         assert_eq!(stage.primed_by_now(2 * round).await.len(), 2 * round);
-        app.cached_between = round > 0;
+        if round > 0 {
+            app.between = Between::SilentProxy;
+        }
         let mut objects = Vec::new();
         for (path, content) in sources {
             let command = format!("compile {path}");
@@ -777,4 +792,58 @@ async fn a_backend_that_takes_no_updates_is_read_from_and_that_is_said_once() {
         })
         .await;
     assert_eq!(said().lines().count(), 1, "{}", said());
+}
+
+#[tokio::test]
+async fn what_a_proxy_between_answers_and_asks_about_is_counted_and_named() {
+    let stage = Stage::set();
+    for (round, content) in ["one", "two", "three"].into_iter().enumerate() {
+        let sources = [("main.c", content), ("same.c", "same")];
+        let mut app = stage.begin("app", &sources, &[]).await;
+        stage.primed_by_now(2 * round).await;
+        app.between = Between::AskingProxy;
+        let mut objects = Vec::new();
+        for (path, content) in sources {
+            let (command, output) = (format!("compile {path}"), path.replace(".c", ".o"));
+            let object = app.run(&command, &[(path, &text(content))], &output).await;
+            objects.push((output, object));
+        }
+        let inputs: Vec<(&str, &Bytes)> = objects
+            .iter()
+            .map(|(path, object)| (path.as_str(), object))
+            .collect();
+        // Nothing of it stands in the element's tree.
+        let program = app.run("link", &inputs, "app").await;
+        app.end(&[("usr/bin/app", &program)]).await;
+        match round {
+            0 => assert_eq!(stage.counts("app"), (0, 0, 3)),
+            _ => assert_eq!(stage.counts("app"), (2, 0, 0), "one was cached"),
+        }
+        let status = stage.primed.status();
+        let newest = &status["builds"][0];
+        assert_eq!(
+            (&newest["asked"], &newest["parent"]),
+            (&3.into(), &"action".into())
+        );
+    }
+    assert_eq!(stage.speculative().len(), 4);
+}
+
+#[tokio::test]
+async fn an_element_whose_client_goes_on_waiting_by_name_is_named_counted_and_recorded_as_ever() {
+    let stage = Stage::set();
+    for round in ["one", "two"] {
+        let mut lib = stage.begin("lib", &[("lib.c", round)], &[]).await;
+        if round == "two" {
+            assert_eq!(stage.primed_by_now(1).await, ["compile lib"]);
+        }
+        let operation = lib.operations.message().await.unwrap().unwrap();
+        // The stream that it was told so by is dropped.
+        lib.operations = lib.client.wait(&operation.name).await.unwrap();
+        let object = lib
+            .run("compile lib", &[("lib.c", &text(round))], "lib.o")
+            .await;
+        lib.end(&[("usr/lib/lib.o", &object)]).await;
+    }
+    assert_eq!(stage.counts("lib"), (1, 0, 0));
 }
