@@ -15,7 +15,7 @@ use prost::Message as _;
 use tokio::sync::oneshot;
 
 use super::Engine;
-use super::flights::FlightKey;
+use super::flights::{FlightKey, ending};
 use super::observation::{Answer, Call, CallOrigin, Observation};
 use crate::cas::Digest;
 use crate::grpc;
@@ -69,16 +69,23 @@ impl Turn {
 }
 
 impl Engine {
-    /// Whether it matters that a client was answered with the result of `key`: it was primed, or a
-    /// parent is open on whose behalf it may have been asked for.
+    /// Whether it matters that a client was answered with the result of `key`: it was primed, or is
+    /// about to be, or a parent is open on whose behalf it may have been asked for.
     pub fn wants_hidden_hit(&self, key: &FlightKey) -> bool {
-        self.flights().is_unused(key) || self.subactions().has_open()
+        let flights = self.flights();
+        flights.is_in_flight(key) || flights.is_unused(key) || self.subactions().has_open()
     }
 
     /// Observes that a proxy has answered a lookup of `key`.
     pub async fn hidden_hit(&self, origin: CallOrigin, key: FlightKey) {
         let mut turn = self.hidden_hits.queue();
-        let found = self.backend.action_result(&key.instance, key.action);
+        let found = async {
+            // A proxy that executes what is primed has the result a moment before primed.
+            if let Some(mut flight) = self.flights().watch(&key) {
+                ending(&mut flight).await;
+            }
+            self.backend.action_result(&key.instance, key.action).await
+        };
         let found = tokio::time::timeout(MAX_LOOKUP, found).await;
         turn.comes().await;
         // What is not there was no hit; a backend that fails is noticed elsewhere.
