@@ -27,6 +27,9 @@ const BY_PROXY: &str = "(via buildbox-casd)";
 /// How long others may be kept waiting for their turn.
 const MAX_LOOKUP: Duration = Duration::from_secs(2);
 
+/// A proxy that executes what is primed has the result so much earlier than primed, at most.
+const MAX_LANDING: Duration = Duration::from_millis(500);
+
 /// The action for which a proxy makes a call, if it is one that says so.
 pub fn action_of_proxy(metadata: &RequestMetadata) -> Option<Digest> {
     let tool = metadata.tool_details.as_ref()?;
@@ -79,13 +82,11 @@ impl Engine {
     /// Observes that a proxy has answered a lookup of `key`.
     pub async fn hidden_hit(&self, origin: CallOrigin, key: FlightKey) {
         let mut turn = self.hidden_hits.queue();
-        let found = async {
-            // A proxy that executes what is primed has the result a moment before primed.
-            if let Some(mut flight) = self.flights().watch(&key) {
-                ending(&mut flight).await;
-            }
-            self.backend.action_result(&key.instance, key.action).await
-        };
+        if let Some(mut flight) = self.flights().watch(&key) {
+            // If it is not over by then, the result is not primed.
+            let _ = tokio::time::timeout(MAX_LANDING, ending(&mut flight)).await;
+        }
+        let found = self.backend.action_result(&key.instance, key.action);
         let found = tokio::time::timeout(MAX_LOOKUP, found).await;
         turn.comes().await;
         // What is not there was no hit; a backend that fails is noticed elsewhere.

@@ -563,7 +563,7 @@ async fn a_client_that_goes_on_waiting_by_name_is_told_the_subactions() {
         let response = in_time(response).await.unwrap();
         assert_eq!(fields(response.headers()), fields(&head()));
         let answer = answer_of(response).await;
-        assert_eq!(messages(&answer.data), [running(), expected.into()]);
+        assert_eq!(messages(&answer.data), [running(), expected]);
         assert_eq!(answer.ending, Ending::Trailers(fields(&trailers())));
     }
 }
