@@ -1,4 +1,4 @@
-//! A CAS in memory for the tests of this folder. It counts what is asked of it.
+//! A CAS and an action cache in memory, for tests. It counts what is asked of the CAS.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -9,7 +9,9 @@ use tonic::{Status, async_trait};
 
 use super::Digest;
 use crate::backend::{Backend, Operations};
-use crate::reapi::{ActionResult, CacheCapabilities, ServerCapabilities};
+use crate::reapi::{
+    ActionCacheUpdateCapabilities, ActionResult, CacheCapabilities, ServerCapabilities,
+};
 
 /// How much one batch may hold.
 pub const BATCH: u64 = 10_000;
@@ -21,6 +23,8 @@ pub struct Memory {
     pub batches_read: Mutex<Vec<Vec<Digest>>>,
     /// The digests that were written, in batches and by stream.
     pub written: Mutex<[Vec<Digest>; 2]>,
+    /// The action cache, by instance.
+    pub results: Mutex<HashMap<(String, Digest), ActionResult>>,
 }
 
 impl Memory {
@@ -39,6 +43,9 @@ impl Backend for Memory {
         Ok(ServerCapabilities {
             cache_capabilities: Some(CacheCapabilities {
                 max_batch_total_size_bytes: BATCH as i64,
+                action_cache_update_capabilities: Some(ActionCacheUpdateCapabilities {
+                    update_enabled: true,
+                }),
                 ..CacheCapabilities::default()
             }),
             ..ServerCapabilities::default()
@@ -89,17 +96,24 @@ impl Backend for Memory {
         Ok(())
     }
 
-    async fn action_result(&self, _: &str, _: Digest) -> Result<Option<ActionResult>, Status> {
-        Err(Status::unimplemented("it has no action cache"))
+    async fn action_result(
+        &self,
+        instance: &str,
+        action: Digest,
+    ) -> Result<Option<ActionResult>, Status> {
+        let name = (instance.to_owned(), action);
+        Ok(self.results.lock().get(&name).cloned())
     }
 
     async fn update_action_result(
         &self,
-        _: &str,
-        _: Digest,
-        _: ActionResult,
+        instance: &str,
+        action: Digest,
+        result: ActionResult,
     ) -> Result<(), Status> {
-        Err(Status::unimplemented("it has no action cache"))
+        let name = (instance.to_owned(), action);
+        self.results.lock().insert(name, result);
+        Ok(())
     }
 
     async fn execute(&self, _: &str, _: Digest, _: i32) -> Result<Operations, Status> {

@@ -3,7 +3,7 @@
 
 pub mod directories;
 #[cfg(test)]
-mod memory;
+pub(crate) mod memory;
 pub mod transfer;
 
 pub use crate::digest::{self, Digest};

@@ -40,7 +40,16 @@ pub async fn call(proxy: Arc<Proxy>, engine: Engine, call: Call, mut reply: Repl
 }
 
 /// Forwards the client's own call, observed.
-async fn own_call(
+async fn own_call(proxy: Arc<Proxy>, engine: Engine, call: Call, observed: Observed, reply: Reply) {
+    engine.observe(Observation::Executing {
+        origin: observed.origin.clone(),
+        key: observed.key.clone(),
+    });
+    followed(proxy, engine, call, observed, reply).await;
+}
+
+/// Forwards a call that tells of the client's own execution to its end, observed.
+pub async fn followed(
     proxy: Arc<Proxy>,
     engine: Engine,
     call: Call,
@@ -48,10 +57,6 @@ async fn own_call(
     mut reply: Reply,
 ) {
     let guard = engine.flights().client_executes(observed.key.clone());
-    engine.observe(Observation::Executing {
-        origin: observed.origin.clone(),
-        key: observed.key.clone(),
-    });
     if let Some(answer) = reply.unless_gone(proxy.send(call)).await {
         let answer =
             answer.map(|answer| completing(&engine, &observed.key, Method::Execution, answer));

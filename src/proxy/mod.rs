@@ -1,17 +1,19 @@
 //! Forwards any gRPC method, known or not, at the level of HTTP/2: headers, messages and
 //! trailers pass as they came. A few methods get more than that, in a file each: `lookup` and
 //! `execution` are observed, may wait for what is in flight, and tell what was executed on behalf of
-//! an action; `capabilities` are remembered, and
-//! `health` is told, for when the upstream cannot say it itself.
+//! an action, and so does `waiting`; `find_missing` tells of lookups that a proxy has answered;
+//! `capabilities` are remembered, and `health` is told, for when the upstream cannot say it itself.
 
 mod capabilities;
 mod execution;
+mod find_missing;
 mod health;
 mod lookup;
 mod parent_answer;
 mod reply;
 mod subactions;
 mod tap;
+mod waiting;
 
 use std::future::poll_fn;
 use std::sync::Arc;
@@ -114,6 +116,16 @@ impl Proxy {
                 task::spawn(
                     "execution",
                     execution::call(this, engine.clone(), call, reply),
+                );
+            }
+            (waiting::METHOD, Some(engine)) => {
+                task::spawn("waiting", waiting::call(this, engine.clone(), call, reply));
+            }
+            (find_missing::METHOD, Some(engine)) => {
+                let engine = engine.clone();
+                task::spawn(
+                    "find missing",
+                    find_missing::call(this, engine, call, reply),
                 );
             }
             (capabilities::METHOD, _) => {

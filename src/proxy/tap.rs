@@ -6,6 +6,7 @@ use http::HeaderMap;
 
 use crate::grpc;
 use crate::http2::pump::Witness;
+use crate::reapi::google::longrunning::Operation;
 use crate::speculation::Engine;
 use crate::speculation::observation::{Answer, Call, Observation};
 
@@ -43,6 +44,8 @@ pub struct Tap {
     call: Call,
     size: usize,
     given_up: bool,
+    /// Whether it is known what the upstream calls the execution.
+    named: bool,
     /// Kept until the answer is complete, then dropped.
     _while_open: Option<Box<dyn Send>>,
 }
@@ -56,6 +59,7 @@ impl Tap {
             call,
             size: 0,
             given_up: false,
+            named: false,
             _while_open: None,
         }
     }
@@ -74,10 +78,26 @@ impl Tap {
         }
         let fits = self.size <= MAX_ANSWER;
         match self.engine.room_for(chunk.len()).filter(|_| fits) {
-            Some(room) => self.call.answer.push(chunk.clone(), room),
+            Some(room) => {
+                self.call.answer.push(chunk.clone(), room);
+                self.learn_name();
+            }
             None => {
                 self.given_up = true;
                 self.call.answer = Answer::default();
+            }
+        }
+    }
+
+    /// The first message of an execution says by which name it can be waited for.
+    fn learn_name(&mut self) {
+        if self.named || self.method != Method::Execution {
+            return;
+        }
+        if let Some(first) = self.call.answer.first_message() {
+            self.named = true;
+            if let Some(Operation { name, .. }) = first {
+                self.engine.name_operation(name, &self.call.key);
             }
         }
     }

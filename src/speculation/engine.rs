@@ -21,6 +21,7 @@ use super::flights::{FlightKey, Flights};
 use super::known::CurrentParent;
 use super::nested::{Answered, Nested, OpenParent};
 use super::observation::{Call, CallOrigin, Observation};
+use super::operations::operations;
 use super::parent::{ExecutedParent, ParentIdentity, ParentKind, WeakKey};
 use super::priming::{Family, Group, Message, Opened, Priming};
 use super::record::{Subaction, execution_time};
@@ -137,7 +138,7 @@ pub fn engine(parts: EngineParts) -> (Engine, mpsc::Sender<Request>, Runner) {
         "lane",
         lane::run(
             parts.flights.clone(),
-            parts.backend,
+            parts.backend.clone(),
             workshop.activities.clone(),
         ),
     );
@@ -167,6 +168,9 @@ pub fn engine(parts: EngineParts) -> (Engine, mpsc::Sender<Request>, Runner) {
         observations: observed,
         flights: parts.flights,
         subactions,
+        operations: operations(),
+        hidden_hits: Arc::default(),
+        backend: parts.backend,
         dropped: dropped.clone(),
         memory: Arc::new(Semaphore::new(TAP_MEMORY_KIB)),
         urgent: Arc::default(),
@@ -456,7 +460,8 @@ impl State {
                 None
             }
         };
-        if self.nested.is_open(&call.key) {
+        // Whoever has lost the stream may go on waiting for the operation.
+        if self.nested.is_open(&call.key) && !call.answer.is_cut_off() {
             let succeeded = result.clone().filter(|result| result.exit_code == 0);
             self.end_parent(&call.key, succeeded.map(Arc::new));
         }
@@ -549,6 +554,7 @@ impl State {
         } = found;
         let caller = self.build_of(&origin).caller.clone();
         let caller = caller.nested_in(key.clone(), identity.clone());
+        let asked = caller.parent(&identity.instance);
         let family = Family::of(&identity, caller.uid, &self.parents);
         let group = Group::Actions {
             instance: identity.instance.clone(),
@@ -569,6 +575,7 @@ impl State {
             let open = OpenParent {
                 _completing: self.subactions.begin(key.clone()),
                 group: group.clone(),
+                asked: asked.clone(),
                 keys: family.keys.iter().chain(&family.earlier).copied().collect(),
                 executed: ExecutedParent {
                     action: key.action,
@@ -579,10 +586,11 @@ impl State {
             };
             self.nested.begin(key, open);
         }
-        if family.is_empty() {
+        let workshop = &self.workshop;
+        let others_may_know = family.keys.is_empty() && workshop.sharing.is_some();
+        if family.is_empty() && !others_may_know {
             return;
         }
-        let workshop = &self.workshop;
         self.primings
             .entry(group)
             .or_insert_with_key(|group| Priming::start(group, workshop.clone()))
@@ -594,6 +602,7 @@ impl State {
                 },
                 family,
                 build: number,
+                unrecorded: others_may_know.then_some(asked),
             }));
     }
 
@@ -612,6 +621,7 @@ impl State {
         let Some(mut closed) = closed else { return };
         if let (Some(outputs), Some(priming)) = (&outputs, self.primings.get(&closed.group)) {
             priming.tell(Message::Closed {
+                asked: closed.asked,
                 keys: closed.keys,
                 outputs: outputs.clone(),
             });

@@ -327,6 +327,12 @@ impl Flights {
         }
     }
 
+    /// Whether primed has brought a result of `key` that no build has used yet.
+    pub fn is_unused(&self, key: &FlightKey) -> bool {
+        let primed = self.primed.get(key);
+        primed.is_some_and(|primed| primed.used_by.is_none())
+    }
+
     /// Whether `key` failed when primed executed it, and no client has executed it since.
     pub fn has_failed(&self, key: &FlightKey) -> bool {
         self.failed.contains_key(key)

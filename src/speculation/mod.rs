@@ -16,6 +16,7 @@ mod edits;
 pub mod engine;
 pub mod flights;
 mod generate;
+pub mod hidden_hits;
 mod instantiate;
 pub mod interchange;
 mod known;
@@ -23,14 +24,17 @@ mod lane;
 mod mounts;
 mod nested;
 pub mod observation;
+mod operations;
 pub mod parent;
 mod prepare;
 mod priming;
 mod record;
 mod recorder;
+mod relatives;
 mod resolve;
 mod schedule;
 mod share;
+mod shelf;
 pub mod store;
 pub mod subactions;
 mod texts;
@@ -43,9 +47,12 @@ use std::time::Instant;
 use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore, mpsc, oneshot};
 
 use flights::{FlightKey, Flights};
+use hidden_hits::HiddenHits;
 use observation::{CallOrigin, Observation};
+use operations::Operations;
 use subactions::Subactions;
 
+use crate::backend::Backend;
 use crate::workspace::peer::PeerOrigin;
 
 /// The proxy's handle on the engine. All its methods return at once or wait for a bounded time,
@@ -55,6 +62,10 @@ pub struct Engine {
     observations: mpsc::Sender<Observation>,
     flights: Arc<Flights>,
     subactions: Arc<Subactions>,
+    operations: Operations,
+    hidden_hits: Arc<HiddenHits>,
+    /// Where what a proxy has answered is looked up.
+    backend: Arc<dyn Backend>,
     dropped: Arc<AtomicU64>,
     /// What taps may still hold, in KiB.
     memory: Arc<Semaphore>,
@@ -142,8 +153,10 @@ fn is_urgent(observation: &Observation) -> bool {
 
 #[cfg(test)]
 mod tests {
+    use super::operations::operations;
     use super::*;
     use crate::cas::Digest;
+    use crate::cas::memory::Memory;
     use crate::workspace::peer::{Peer, PeerOrigin};
     use std::time::Duration;
 
@@ -154,6 +167,9 @@ mod tests {
             observations,
             flights: Flights::new(1),
             subactions: Arc::default(),
+            operations: operations(),
+            hidden_hits: Arc::default(),
+            backend: Memory::holding([]),
             dropped: Arc::default(),
             memory: Arc::new(Semaphore::new(2)),
             urgent: Arc::default(),

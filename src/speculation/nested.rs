@@ -9,7 +9,7 @@ use tokio::sync::oneshot;
 use super::attribution::{Attributor, Message};
 use super::flights::FlightKey;
 use super::observation::{Call, CallOrigin};
-use super::parent::{ExecutedParent, WeakKey};
+use super::parent::{ExecutedParent, ParentIdentity, WeakKey};
 use super::priming::Group;
 use super::subactions;
 use crate::cas::digest::required;
@@ -24,6 +24,8 @@ pub struct OpenParent {
     pub group: Group,
     /// Has the proxy look at its result.
     pub _completing: subactions::OpenParent,
+    /// As what it has been asked for.
+    pub asked: ParentIdentity,
     /// What it, and what had its name before, is recorded under.
     pub keys: Vec<WeakKey>,
     /// What it is executed as; its outputs come last.

@@ -144,6 +144,22 @@ impl Answer {
         }
     }
 
+    /// Whether the call broke off, and what it was about may still be under way.
+    pub fn is_cut_off(&self) -> bool {
+        use tonic::Code::{Cancelled, DeadlineExceeded, Unavailable};
+        let codes = [Cancelled, DeadlineExceeded, Unavailable];
+        let cut_off = |status| codes.iter().any(|code| *code as u32 == status);
+        self.status.is_none_or(cut_off)
+    }
+
+    /// The first message, if it is there, decoded if it can be.
+    pub fn first_message<M: Message + Default>(&self) -> Option<Option<M>> {
+        match split_message(&mut joined(&self.body))? {
+            Framed::Plain(message) => Some(M::decode(message).ok()),
+            Framed::Compressed => Some(None),
+        }
+    }
+
     /// The last message, decoded. `None` if there is none, or if it is compressed or malformed.
     pub fn last_message<M: Message + Default>(&self) -> Option<M> {
         let mut body = joined(&self.body);

@@ -127,6 +127,18 @@ impl ParentIdentity {
         WeakKey(hasher.finalize().into())
     }
 
+    /// As what an action is asked for: which instance its command executes under is not known
+    /// then, so its own stands in that place. `None` for an invocation.
+    pub fn as_asked_for(&self) -> Option<Self> {
+        let ParentKind::Action(action) = &self.kind else {
+            return None;
+        };
+        Some(ParentIdentity {
+            instance: action.instance.clone(),
+            ..self.clone()
+        })
+    }
+
     /// For people: the tool and where it ran.
     pub fn label(&self) -> String {
         match &self.kind {

@@ -23,8 +23,10 @@ use super::known::{CurrentParent, Known};
 use super::parent::{ActionParent, Parent, ParentIdentity, ParentKind, WeakKey, action_parts};
 use super::prepare::{self, Job, Queue};
 use super::record::output_files;
+use super::relatives::{self, Dependents, SharedFamily};
 use super::schedule::{Outputs, Plan, PlannedParent, Ready, Results, Share, Subject};
-use super::share;
+use super::share::{self, Obtained};
+use super::shelf::MAX_SHARED;
 use super::store::KnownParent;
 use super::workshop::{Primed, Workshop};
 use crate::cas::Digest;
@@ -39,6 +41,8 @@ const LANDINGS: usize = 1024;
 const MAX_BASES: usize = 16;
 /// To plan for what was learned may take half of the time, but for plans that take no longer.
 const SHORT_PLANNING: Duration = Duration::from_millis(50);
+/// How long shared records of dependents are looked for.
+const MAX_WALK: Duration = Duration::from_secs(60);
 /// Looking at the workspace again for a miss may take this part of the time: one tenth.
 const SCAN_SHARE: u32 = 10;
 
@@ -67,13 +71,17 @@ pub enum Message {
     /// A build of an invocation has begun, or an earlier one found something else than expected:
     /// look at the workspace. The number names the build that speculative work is done for.
     Begin(u64),
-    /// A parent of which nothing is recorded here is asked for: others may have shared it. Comes
+    /// An invocation of which nothing is recorded here asks: others may have shared it. Comes
     /// before whatever begins its priming.
     Unrecorded(Box<ParentIdentity>),
     /// An action parent has been asked for.
     Opened(Opened),
+    /// What others have shared of parents that depend on one that has been asked for.
+    Dependents(Vec<Arc<Parent>>),
     /// An action parent has ended with this output.
     Closed {
+        /// As what it was asked for.
+        asked: ParentIdentity,
         /// What it is recorded under.
         keys: Vec<WeakKey>,
         /// The files that it wrote, sorted by path.
@@ -113,6 +121,9 @@ pub struct Opened {
     pub current: CurrentParent,
     /// Names the build that speculative work is done for, if it has begun.
     pub build: Option<u64>,
+    /// As what it has been asked for, if none of its own records are here and others may have
+    /// shared theirs.
+    pub unrecorded: Option<ParentIdentity>,
 }
 
 /// What is recorded of an action parent, and of those that have to do with it.
@@ -191,6 +202,8 @@ impl Priming {
             shares,
             parents: HashMap::new(),
             shared: HashMap::new(),
+            shared_keys: HashMap::new(),
+            mailbox: mailbox.downgrade(),
             known: Known::default(),
             plan: None,
             results: Results::new(),
@@ -224,6 +237,10 @@ struct Worker {
     parents: HashMap<WeakKey, Arc<Parent>>,
     /// What others have shared, as long as nothing is recorded here.
     shared: HashMap<WeakKey, Arc<Parent>>,
+    /// What action parents are recorded under by others, by what they are asked for as.
+    shared_keys: HashMap<WeakKey, Vec<WeakKey>>,
+    /// Its own.
+    mailbox: mpsc::WeakSender<(Message, Activity)>,
     known: Known,
     plan: Option<Plan>,
     results: Results,
@@ -308,16 +325,35 @@ impl Worker {
                 self.look_at_workspace().await;
             }
             Message::Unrecorded(identity) => {
-                if let Some(parent) = share::obtain(&self.workshop, &identity).await {
+                let obtained = share::obtain(&self.workshop, &identity, MAX_SHARED).await;
+                if let Some(Obtained { parent, .. }) = obtained {
                     self.shared.insert(identity.weak_key(), parent);
                 }
             }
-            Message::Opened(opened) => {
+            Message::Opened(mut opened) => {
+                let dependents = self.look_for_shared(&mut opened).await;
                 self.open(opened);
                 self.plan().await;
+                if let Some(dependents) = dependents {
+                    self.look_for_dependents(dependents);
+                }
             }
-            Message::Closed { keys, outputs } => {
-                for key in keys {
+            Message::Dependents(parents) => {
+                for parent in parents {
+                    let key = parent.identity.weak_key();
+                    // It may have been asked for itself by now.
+                    self.shares.entry(key).or_insert(Share::Whole);
+                    self.shared.insert(key, parent);
+                }
+                self.plan().await;
+            }
+            Message::Closed {
+                asked,
+                keys,
+                outputs,
+            } => {
+                let shared = self.shared_keys.remove(&asked.weak_key());
+                for key in keys.into_iter().chain(shared.into_iter().flatten()) {
                     // Others may still wait for what its actions wrote.
                     self.shares.insert(key, Share::OnDemand);
                     if let Some(current) = self.known.parents.get_mut(&key) {
@@ -345,11 +381,45 @@ impl Worker {
         }
     }
 
+    /// Adds to the family of a parent what others have recorded of it. Returns the way to those
+    /// that depend on it.
+    async fn look_for_shared(&mut self, opened: &mut Opened) -> Option<Dependents> {
+        let asked = opened.unrecorded.as_ref()?;
+        let SharedFamily { own, dependents } = relatives::obtain(&self.workshop, asked).await?;
+        for parent in own {
+            let key = parent.identity.weak_key();
+            opened.family.keys.push(key);
+            self.shared.insert(key, parent);
+        }
+        let keys = opened.family.keys.clone();
+        self.shared_keys.insert(asked.weak_key(), keys);
+        Some(dependents)
+    }
+
+    /// Looks for them beside what else there is to do: there may be many.
+    fn look_for_dependents(&self, mut dependents: Dependents) {
+        let (mailbox, workshop) = (self.mailbox.clone(), self.workshop.clone());
+        let activity = self.workshop.activities.begin();
+        let walk = async move {
+            while let Some(found) = dependents.next(&workshop).await
+                && let Some(mailbox) = mailbox.upgrade()
+            {
+                let message = (Message::Dependents(found), activity.clone());
+                // A priming that is gone needs them no more.
+                let _ = mailbox.send(message).await;
+            }
+        };
+        // What was found until then is used.
+        let in_time = tokio::time::timeout(MAX_WALK, walk);
+        task::spawn("shared dependents", in_time);
+    }
+
     fn open(&mut self, opened: Opened) {
         let Opened {
             family,
             current,
             build,
+            unrecorded: _,
         } = opened;
         let is_news = |key: &WeakKey| {
             self.known.parents.get(key).is_none_or(|known| {

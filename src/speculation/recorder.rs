@@ -102,7 +102,11 @@ pub async fn run(
                 executed: build.executed.as_ref(),
             };
             match recording.record(&subactions).await {
-                Ok((parent, dropped)) => {
+                Ok(Saved {
+                    parent,
+                    dependencies,
+                    dropped,
+                }) => {
                     let activity = build.activity.clone();
                     let message = Recorded {
                         parent: parent.clone(),
@@ -111,7 +115,7 @@ pub async fn run(
                     };
                     // An engine that is gone needs to know nothing.
                     let _ = recorded.send(message).await;
-                    share::publish(&workshop, &parent).await;
+                    share::publish(&workshop, &parent, &dependencies).await;
                 }
                 Err(reason) => tracing::warn!(parent = label, %reason, "a build was not recorded"),
             }
@@ -127,8 +131,17 @@ struct Recording<'a> {
     executed: Option<&'a (Arc<ExecutedParent>, Vec<WeakKey>)>,
 }
 
+/// A build that was recorded.
+struct Saved {
+    parent: Arc<Parent>,
+    /// Who its parent depends on.
+    dependencies: Vec<ParentIdentity>,
+    /// Parents that had to go.
+    dropped: Vec<WeakKey>,
+}
+
 impl Recording<'_> {
-    async fn record(self, subactions: &[Subaction]) -> Result<(Arc<Parent>, Vec<WeakKey>), String> {
+    async fn record(self, subactions: &[Subaction]) -> Result<Saved, String> {
         let Recording {
             workshop,
             mode,
@@ -203,6 +216,7 @@ impl Recording<'_> {
                 .map(|executed| executed.input_root);
             trees.extend(load_trees(workshop, &action.instance, roots.collect()).await?);
         }
+        let dependencies = others.iter().map(|other| other.identity.clone()).collect();
         let store = workshop.store.clone();
         let index = workshop.index.clone();
         let label = parent.identity.label();
@@ -231,14 +245,16 @@ impl Recording<'_> {
             overlays = parent.overlays.iter().count(),
             "recorded a build"
         );
-        match dropped {
-            Ok(dropped) => Ok((parent, dropped)),
-            Err(error) => {
-                // A full disk, say: the records stay in memory as long as somebody holds them.
-                tracing::warn!(parent = label, %error, "records could not be saved");
-                Ok((parent, Vec::new()))
-            }
-        }
+        let dropped = dropped.unwrap_or_else(|error| {
+            // A full disk, say: the records stay in memory as long as somebody holds them.
+            tracing::warn!(parent = label, %error, "records could not be saved");
+            Vec::new()
+        });
+        Ok(Saved {
+            parent,
+            dependencies,
+            dropped,
+        })
     }
 }
 

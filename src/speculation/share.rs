@@ -1,10 +1,6 @@
 //! Sharing: what is recorded of a parent goes to the CAS of the backend, and an action-cache entry
-//! that is found by the parent's weak key points to it. A primed that has no records of a parent
-//! looks there.
-//!
-//! The entry stands under an action that nobody runs: its `Command` has the arguments
-//! `primed-records` and the weak key, its input root is empty, it has no platform, and `SALT` for
-//! its salt. Its result has one output file, which is the encoded `SpeculativeActions`.
+//! that is found by the parent's weak key points to it (`shelf`). A primed that has no records of a
+//! parent looks there. Action parents are found by way of their `relatives`.
 //!
 //! Whoever may write to an action cache can hand wrong results to those who read it, and is
 //! trusted with this too; what comes from there is checked all the same, like any foreign input.
@@ -16,27 +12,20 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use parking_lot::Mutex;
+use prost::Message as _;
 use tokio::sync::mpsc;
 use tonic::Status;
 
 use super::archive::Import;
-use super::interchange::{self, Interchange, Malformed, Names};
-use super::parent::{Origin, OverlayTable, Parent, ParentIdentity, WeakKey};
+use super::interchange::{self, Interchange, Names};
+use super::parent::{Origin, OverlayTable, Parent, ParentIdentity, ParentKind};
 use super::recorder;
+use super::relatives;
+use super::shelf::{ShareError, Shelf, UnusableError};
 use super::workshop::Workshop;
 use crate::cas::Digest;
-use crate::cas::digest::required;
 use crate::clock;
-use crate::reapi::{Action, ActionResult, Command, Directory, ExecutedActionMetadata, OutputFile};
 
-/// What the entry's command begins with.
-const COMMAND: &str = "primed-records";
-/// The path of the entry's output file.
-const OUTPUT: &str = "records.sa";
-/// Changes with the form of what is shared.
-const SALT: &[u8] = b"primed.store.v1";
-/// The largest message that is shared or fetched, in bytes.
-const MAX_SHARED: u64 = 64 * 1024 * 1024;
 /// How long a build's first question may wait for shared records.
 const MAX_LOOKUP: Duration = Duration::from_secs(10);
 /// How long recording may be held up by sharing.
@@ -52,32 +41,6 @@ pub struct Sharing {
     reported: Mutex<HashSet<Arc<str>>>,
 }
 
-/// Why records were not shared.
-#[derive(Debug, thiserror::Error)]
-enum ShareError {
-    #[error("they take {0} bytes, which is too many")]
-    TooLarge(usize),
-    #[error("it took too long")]
-    TooSlow,
-    #[error("the backend answers: {0}")]
-    Backend(#[from] Status),
-}
-
-/// Why shared records were not used.
-#[derive(Debug, thiserror::Error)]
-enum UnusableError {
-    #[error(transparent)]
-    Malformed(#[from] Malformed),
-    #[error("primed did not write them")]
-    Foreign,
-    #[error("they are those of another parent")]
-    OfAnother,
-    #[error("they take {0} bytes, which is too many")]
-    TooLarge(u64),
-    #[error("their digest is none")]
-    NoDigest,
-}
-
 impl Sharing {
     /// Fetched records are saved by `recorder`.
     pub fn new(recorder: &mpsc::Sender<recorder::Message>) -> Self {
@@ -89,7 +52,11 @@ impl Sharing {
     }
 
     /// Whether `instance` takes updates, by what it says of itself.
-    async fn may_write(&self, workshop: &Workshop, instance: &Arc<str>) -> Result<bool, Status> {
+    pub(super) async fn may_write(
+        &self,
+        workshop: &Workshop,
+        instance: &Arc<str>,
+    ) -> Result<bool, Status> {
         if let Some(known) = self.may_write.lock().get(instance) {
             return Ok(*known);
         }
@@ -110,42 +77,18 @@ impl Sharing {
     }
 }
 
-/// The action that the records of a parent are found by, and what describes it in the CAS.
-struct Entry {
-    action: Digest,
-    blobs: HashMap<Digest, Bytes>,
-}
-
-impl Entry {
-    fn of(key: WeakKey) -> Self {
-        let command = Digest::of_message(&Command {
-            arguments: vec![COMMAND.to_owned(), key.to_string()],
-            output_paths: vec![OUTPUT.to_owned()],
-            ..Command::default()
-        });
-        let input_root = Digest::of_message(&Directory::default());
-        let action = Digest::of_message(&Action {
-            command_digest: Some(command.0.to_proto()),
-            input_root_digest: Some(input_root.0.to_proto()),
-            salt: Bytes::from_static(SALT),
-            ..Action::default()
-        });
-        Entry {
-            action: action.0,
-            blobs: HashMap::from([command, input_root, action]),
-        }
-    }
-}
-
-/// Shares what was recorded of `parent`, if that is wanted. Returns when it is done or given up.
-pub async fn publish(workshop: &Workshop, parent: &Parent) {
+/// Shares what was recorded of `parent`, and that it depends on `dependencies`, if that is wanted.
+/// Returns when it is done or given up.
+pub async fn publish(workshop: &Workshop, parent: &Parent, dependencies: &[ParentIdentity]) {
     let Some(sharing) = &workshop.sharing else {
         return;
     };
     let instance = &parent.identity.instance;
     let shared = async {
         if sharing.may_write(workshop, instance).await? {
-            share(workshop, parent).await?;
+            let records = share(workshop, parent).await?;
+            relatives::introduce(workshop, sharing, &parent.identity, dependencies).await?;
+            tracing::debug!(parent = parent.identity.label(), %records, "shared");
         }
         Ok(())
     };
@@ -159,34 +102,12 @@ pub async fn publish(workshop: &Workshop, parent: &Parent) {
     }
 }
 
-async fn share(workshop: &Workshop, parent: &Parent) -> Result<(), ShareError> {
+async fn share(workshop: &Workshop, parent: &Parent) -> Result<Digest, ShareError> {
     let identity = &parent.identity;
     let message = interchange::message(&timeless(parent), &Names::default(), None);
-    let (records, encoded) = Digest::of_message(&message);
-    if records.size() > MAX_SHARED {
-        return Err(ShareError::TooLarge(encoded.len()));
-    }
-    let Entry { action, mut blobs } = Entry::of(identity.weak_key());
-    blobs.insert(records, encoded);
-    workshop.cas.upload(&identity.instance, &blobs).await?;
-    let result = ActionResult {
-        output_files: vec![OutputFile {
-            path: OUTPUT.to_owned(),
-            digest: Some(records.to_proto()),
-            ..OutputFile::default()
-        }],
-        execution_metadata: Some(ExecutedActionMetadata {
-            worker: env!("CARGO_PKG_NAME").to_owned(),
-            ..ExecutedActionMetadata::default()
-        }),
-        ..ActionResult::default()
-    };
-    let backend = &workshop.backend;
-    backend
-        .update_action_result(&identity.instance, action, result)
-        .await?;
-    tracing::debug!(parent = identity.label(), %records, "shared");
-    Ok(())
+    let encoded = message.encode_to_vec().into();
+    let put = Shelf::Records.put(workshop, &identity.instance, identity.weak_key(), encoded);
+    put.await
 }
 
 /// `parent` without the times at which this machine saw it: a build that changed nothing shares
@@ -200,66 +121,61 @@ fn timeless(parent: &Parent) -> Parent {
     parent
 }
 
-/// The shared records of a parent, if that is wanted, nothing is recorded here, and there are any.
-/// They are saved too, in the background.
-pub async fn obtain(workshop: &Workshop, identity: &ParentIdentity) -> Option<Arc<Parent>> {
+/// Shared records.
+pub struct Obtained {
+    /// What can be used of them.
+    pub parent: Arc<Parent>,
+    /// How long the message was, in bytes.
+    pub size: u64,
+}
+
+/// The shared records of a parent of which nothing is recorded here, if that is wanted, there are
+/// any, and they take no more than `most` bytes. They are saved too, in the background.
+pub async fn obtain(workshop: &Workshop, identity: &ParentIdentity, most: u64) -> Option<Obtained> {
     let sharing = workshop.sharing.as_ref()?;
     let label = identity.label();
-    let fetched = tokio::time::timeout(MAX_LOOKUP, fetch(workshop, identity)).await;
-    let message = match fetched {
-        Ok(Ok(message)) => message?,
-        Ok(Err(status)) => {
-            tracing::debug!(parent = label, %status, "shared records cannot be asked for");
-            return None;
-        }
-        Err(_) => {
-            tracing::warn!(parent = label, "shared records took too long to fetch");
-            return None;
-        }
+    let fetched = async {
+        let key = identity.weak_key();
+        let get = Shelf::Records.get(workshop, &identity.instance, key, most);
+        let Some(message) = get.await? else {
+            return Ok(None);
+        };
+        let size = message.len() as u64;
+        let parent = Arc::new(usable(identity, message)?);
+        Ok(Some(Obtained { parent, size }))
     };
-    match message.and_then(|message| usable(identity, message)) {
-        Ok(parent) => {
-            let parent = Arc::new(parent);
-            let actions = parent.actions.len();
-            tracing::info!(parent = label, actions, "uses shared records");
-            if let Some(recorder) = sharing.recorder.upgrade() {
-                let shared = Box::new(Import::Shared(parent.clone()));
-                // Dropped if there is too much to save; then they are only used.
-                let _ = recorder.try_send(recorder::Message::Import(shared));
-            }
-            Some(parent)
+    let obtained = in_time(&label, fetched).await??;
+    let parent = obtained.parent.clone();
+    let actions = parent.actions.len();
+    tracing::info!(parent = label, actions, "uses shared records");
+    if let Some(recorder) = sharing.recorder.upgrade() {
+        let shared = Box::new(Import::Shared(parent));
+        // Dropped if there is too much to save; then they are only used.
+        let _ = recorder.try_send(recorder::Message::Import(shared));
+    }
+    Some(obtained)
+}
+
+/// What was fetched of the parent `label`, if it came in time and can be used. Says so if not.
+pub(super) async fn in_time<T>(
+    label: &str,
+    fetched: impl Future<Output = Result<T, UnusableError>>,
+) -> Option<T> {
+    match tokio::time::timeout(MAX_LOOKUP, fetched).await {
+        Ok(Ok(fetched)) => Some(fetched),
+        Ok(Err(UnusableError::Backend(status))) => {
+            tracing::debug!(parent = label, %status, "shared records cannot be asked for");
+            None
         }
-        Err(error) => {
+        Ok(Err(error)) => {
             tracing::warn!(parent = label, %error, "shared records are not used");
             None
         }
+        Err(_) => {
+            tracing::warn!(parent = label, "shared records took too long to fetch");
+            None
+        }
     }
-}
-
-/// What the entry of a parent points to.
-async fn fetch(
-    workshop: &Workshop,
-    identity: &ParentIdentity,
-) -> Result<Option<Result<Bytes, UnusableError>>, Status> {
-    let instance = &identity.instance;
-    let entry = Entry::of(identity.weak_key());
-    let result = workshop.backend.action_result(instance, entry.action);
-    let Some(result) = result.await? else {
-        return Ok(None);
-    };
-    let mut outputs = result.output_files.iter();
-    let Some(output) = outputs.find(|output| output.path == OUTPUT) else {
-        return Ok(None);
-    };
-    let Ok(digest) = required(output.digest.as_ref()) else {
-        return Ok(Some(Err(UnusableError::NoDigest)));
-    };
-    if digest.size() > MAX_SHARED {
-        return Ok(Some(Err(UnusableError::TooLarge(digest.size()))));
-    }
-    // One that is gone was shared too long ago.
-    let mut blobs = workshop.cas.fetch(instance, [digest]).await?;
-    Ok(blobs.remove(&digest).map(Ok))
 }
 
 /// What can be used of a message that should hold the records of this parent.
@@ -299,10 +215,17 @@ fn is_in_project(path: &Path, identity: &ParentIdentity) -> bool {
     root.is_some_and(|root| path.starts_with(root)) && is_plain(path)
 }
 
-/// Whether an input tree may stand for this directory: one around the project, or in it.
+/// Whether an input tree may stand for this directory: one around the project, or in it; for an
+/// action's, one in its own tree.
 fn may_be_root(mount: &Path, identity: &ParentIdentity) -> bool {
-    let root = identity.project_root();
-    root.is_some_and(|root| mount.starts_with(root) || root.starts_with(mount)) && is_plain(mount)
+    let is_near = match &identity.kind {
+        ParentKind::Action(_) => mount.is_relative(),
+        ParentKind::Invocation { .. } => {
+            let root = identity.project_root();
+            root.is_some_and(|root| mount.starts_with(root) || root.starts_with(mount))
+        }
+    };
+    is_near && is_plain(mount)
 }
 
 fn is_plain(path: &Path) -> bool {
@@ -312,25 +235,10 @@ fn is_plain(path: &Path) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::speculation::parent::{BaseAction, SubactionKey, action_parts, fixture};
-    use prost::Message as _;
-
-    #[test]
-    fn the_entry_depends_on_the_weak_key_alone() {
-        let entry = Entry::of(WeakKey([1; 32]));
-        assert_eq!(entry.action, Entry::of(WeakKey([1; 32])).action);
-        assert_ne!(entry.action, Entry::of(WeakKey([2; 32])).action);
-        let action = Action::decode(entry.blobs[&entry.action].clone()).unwrap();
-        let command = required(action.command_digest.as_ref()).unwrap();
-        let command = Command::decode(entry.blobs[&command].clone()).unwrap();
-        assert_eq!(command.arguments, ["primed-records", &"01".repeat(32)]);
-        assert!(action.platform.is_none() && !action.do_not_cache);
-        // Every primed must find what any other has shared.
-        assert_eq!(
-            entry.action.to_string(),
-            "3b6bb683813a00bee1df8a210a5f7502a2417dc80c6cea619f9bad83a2920f01/155"
-        );
-    }
+    use crate::reapi::Action;
+    use crate::speculation::parent::{
+        ActionParent, BaseAction, SubactionKey, WeakKey, action_parts, fixture,
+    };
 
     fn in_project(mount: &str) -> BaseAction {
         let (digest, encoded) = Digest::of_message(&Action {
@@ -388,6 +296,31 @@ mod tests {
         );
         let sources: Vec<_> = usable.overlays.sources().into_iter().collect();
         assert_eq!(sources, [Path::new("/p/a.c")]);
+    }
+
+    #[test]
+    fn shared_records_of_an_action_name_no_file_outside_of_its_tree() {
+        let sources = ["/p/a.c", "/etc/passwd"];
+        let mut shared = parent(&["", "src", "/etc", "../etc"], &sources);
+        shared.overlays.add(
+            Digest::of(b"file"),
+            Origin::Tree {
+                parent: Some(WeakKey([1; 32])),
+                path: "src/a.c".to_owned(),
+            },
+        );
+        shared.identity.kind = ParentKind::Action(ActionParent {
+            instance: "".into(),
+            key: Digest::of(b"element"),
+            name: "p".to_owned(),
+        });
+        let usable = usable(&shared.identity, encoded(&shared)).unwrap();
+        let mounts = usable.actions.keys().filter_map(|key| key.mount.clone());
+        let mut mounts: Vec<_> = mounts.collect();
+        mounts.sort_unstable();
+        assert_eq!(mounts, [Path::new(""), Path::new("src")]);
+        assert!(usable.overlays.sources().is_empty());
+        assert_eq!(usable.dependencies(), [WeakKey([1; 32])].into());
     }
 
     #[test]

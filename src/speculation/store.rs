@@ -583,7 +583,7 @@ pub(super) fn stored_parent(parent: &Parent) -> proto::Parent {
 }
 
 /// `None` if it is malformed.
-fn identity(stored: &proto::Parent) -> Option<ParentIdentity> {
+pub(super) fn identity(stored: &proto::Parent) -> Option<ParentIdentity> {
     let kind = match &stored.action {
         None => ParentKind::Invocation {
             project_root: stored.project_root.as_deref().map(path_of),

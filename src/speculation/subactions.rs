@@ -87,6 +87,11 @@ impl Subactions {
         self.open.lock().contains_key(key)
     }
 
+    /// Whether any parent executes now.
+    pub fn has_open(&self) -> bool {
+        self.any.load(Ordering::Acquire) && !self.open.lock().is_empty()
+    }
+
     /// Whether `key` is a parent, as far as is known now.
     pub fn expects(&self, key: &FlightKey) -> bool {
         self.any.load(Ordering::Acquire) && (self.is_open(key) || self.known.contains_key(key))
@@ -155,6 +160,9 @@ impl Engine {
         if self.subactions.is_open(key) {
             let key = key.clone();
             let deadline = Instant::now() + PATIENCE;
+            // What takes longer is left out.
+            let mut turn = self.hidden_hits.queue();
+            let _ = tokio::time::timeout_at(deadline, turn.comes()).await;
             let completing = |reply| Observation::Completing { key, reply };
             self.answered(completing, deadline.into()).await;
         }

@@ -48,3 +48,24 @@ pub struct Primed {
     /// Its build, if that has begun.
     pub build: Option<u64>,
 }
+
+#[cfg(test)]
+impl Workshop {
+    /// One without records that shares, before `backend`. Nobody saves what it obtains.
+    pub fn sharing(backend: Arc<dyn Backend>) -> Self {
+        let (recorder, _) = mpsc::channel(1);
+        let (primed, _) = mpsc::channel(1);
+        Workshop {
+            flights: Flights::new(1),
+            cas: Cas::new(backend.clone()),
+            backend,
+            directories: DirectoryCache::default(),
+            index: Arc::new(FileIndex::with(Vec::new())),
+            store: Arc::new(Store::in_memory()),
+            sharing: Some(Arc::new(Sharing::new(&recorder))),
+            activities: Activities::default(),
+            unadaptable: Arc::default(),
+            primed,
+        }
+    }
+}

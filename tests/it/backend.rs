@@ -96,8 +96,12 @@ pub struct World {
     hold: watch::Sender<bool>,
     /// Executions of these actions do not end.
     kept_open: watch::Sender<HashSet<Digest>>,
+    /// Operations that are done, by name.
+    done: watch::Sender<HashMap<String, Operation>>,
     /// While it is set, blobs that primed reads come back damaged.
     pub damage: Mutex<bool>,
+    /// Whether clients may write to the action cache.
+    pub takes_updates: Mutex<bool>,
     /// Calls that have another `authorization` are refused; all are welcome where it is empty.
     pub authorization: Mutex<String>,
 }
@@ -270,7 +274,9 @@ impl FakeBackend {
             behaviour: Mutex::new(Arc::new(compile)),
             hold: watch::Sender::new(false),
             kept_open: watch::Sender::default(),
+            done: watch::Sender::default(),
             damage: Mutex::new(false),
+            takes_updates: Mutex::new(true),
             authorization: Mutex::default(),
         });
         let socket = directory.join("backend.sock");
@@ -360,7 +366,8 @@ fn is_primed<T>(request: &Request<T>) -> bool {
         .and_then(|value| value.to_bytes().ok())
         .and_then(|bytes| RequestMetadata::decode(bytes).ok())
         .and_then(|metadata| metadata.tool_details)
-        .is_some_and(|tool| tool.tool_name == "primed")
+        // buildbox-casd adds that it was by way of itself.
+        .is_some_and(|tool| tool.tool_name.split(' ').next() == Some("primed"))
 }
 
 /// What `grpc-timeout` says.
@@ -402,6 +409,10 @@ impl Capabilities for Service {
         Ok(Response::new(ServerCapabilities {
             cache_capabilities: Some(CacheCapabilities {
                 max_batch_total_size_bytes: 1024 * 1024,
+                action_cache_update_capabilities: Some(ActionCacheUpdateCapabilities {
+                    update_enabled: *self.0.takes_updates.lock(),
+                }),
+                digest_functions: vec![digest_function::Value::Sha256 as i32],
                 ..CacheCapabilities::default()
             }),
             execution_capabilities: Some(ExecutionCapabilities {
@@ -435,6 +446,22 @@ impl ActionCache for Service {
         result
             .map(Response::new)
             .ok_or_else(|| Status::not_found("no result"))
+    }
+
+    async fn update_action_result(
+        &self,
+        request: Request<UpdateActionResultRequest>,
+    ) -> Result<Response<ActionResult>, Status> {
+        if !*self.0.takes_updates.lock() {
+            return Err(Status::permission_denied("no updates"));
+        }
+        let request = request.into_inner();
+        let action = digest(request.action_digest.as_ref())?;
+        let result = request.action_result.unwrap_or_default();
+        let mut state = self.0.state.lock();
+        let name = (request.instance_name, action);
+        state.results.insert(name, result.clone());
+        Ok(Response::new(result))
     }
 }
 
@@ -662,6 +689,31 @@ impl Execution for Service {
                         &response,
                     ))),
                 };
+                world.done.send_modify(|all| {
+                    all.insert(done.name.clone(), done.clone());
+                });
+                let _ = operations.send(Ok(done)).await;
+            }
+        });
+        Ok(Response::new(Box::pin(ReceiverStream::new(stream))))
+    }
+
+    async fn wait_execution(
+        &self,
+        request: Request<WaitExecutionRequest>,
+    ) -> Result<Response<BoxStream<Operation>>, Status> {
+        let name = request.into_inner().name;
+        let mut done = self.0.done.subscribe();
+        let (operations, stream) = mpsc::channel(4);
+        primed::task::spawn("waiting", async move {
+            let begun = Operation {
+                name: name.clone(),
+                ..Operation::default()
+            };
+            let _ = operations.send(Ok(begun)).await;
+            let done = done.wait_for(|all| all.contains_key(&name)).await;
+            let done = done.map(|all| all[&name].clone());
+            if let Ok(done) = done {
                 let _ = operations.send(Ok(done)).await;
             }
         });

@@ -253,6 +253,41 @@ impl Build {
         Ok(answer.into_inner())
     }
 
+    /// Goes on waiting for an execution that was begun.
+    pub async fn wait(&self, operation: &str) -> Result<Streaming<Operation>, Status> {
+        let name = operation.to_owned();
+        let request = self.request(WaitExecutionRequest { name });
+        let answer = ExecutionClient::new(self.channel.clone())
+            .wait_execution(request)
+            .await?;
+        Ok(answer.into_inner())
+    }
+
+    /// Asks whether the outputs of `result` are still there, as buildbox-casd does when it has
+    /// answered a lookup of `action` itself.
+    pub async fn confirm(&self, action: Digest, result: &ActionResult) {
+        let outputs = result.output_files.iter();
+        let mut request = self.request(FindMissingBlobsRequest {
+            instance_name: self.instance.clone(),
+            blob_digests: outputs.filter_map(|file| file.digest.clone()).collect(),
+            ..FindMissingBlobsRequest::default()
+        });
+        let metadata = self.metadata.to_bytes().unwrap();
+        let mut metadata = RequestMetadata::decode(metadata).unwrap();
+        if let Some(tool) = &mut metadata.tool_details {
+            tool.tool_name.push_str(" (via buildbox-casd)");
+        }
+        metadata.action_id = action.to_string();
+        let key = tonic::metadata::BinaryMetadataKey::from_static(REQUEST_METADATA_KEY);
+        let metadata = MetadataValue::from_bytes(&metadata.encode_to_vec());
+        request.metadata_mut().insert_bin(key, metadata);
+        let answer = ContentAddressableStorageClient::new(self.channel.clone())
+            .find_missing_blobs(request)
+            .await
+            .unwrap();
+        assert!(answer.into_inner().missing_blob_digests.is_empty());
+    }
+
     /// Looks up, else uploads and executes. What the action wrote is left to the caller.
     pub async fn run(&self, action: &Action) -> (Way, ActionResult) {
         if let Ok(result) = self.lookup(action.digest).await {

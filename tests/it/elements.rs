@@ -23,7 +23,7 @@ use tonic::Streaming;
 
 use crate::backend::{FakeBackend, Outcome, Run, World, compile};
 use crate::client::{self, Action, Build, Way, connect, keep, last, tree};
-use crate::support::{PATIENCE, Primed, scratch};
+use crate::support::{Casd, PATIENCE, Primed, scratch};
 
 /// Files by path.
 type Files = Vec<(String, Bytes)>;
@@ -35,8 +35,10 @@ type Artifacts = Arc<Mutex<HashMap<Digest, Files>>>;
 const ROOT_PROPERTY: &str = "chrootRootDigest";
 
 struct Stage {
-    backend: FakeBackend,
     primed: Primed,
+    /// Between primed and the backend, on a second machine.
+    _casd: Option<Casd>,
+    backend: Arc<FakeBackend>,
     artifacts: Artifacts,
     scratch: TempDir,
 }
@@ -50,11 +52,20 @@ struct Element<'a> {
     nested: Build,
     /// Text in the platform and the environment of what runs inside.
     root: Option<String>,
-    /// A proxy between answers what it can without asking primed.
-    cached_between: bool,
+    between: Between,
     ways: Vec<Way>,
     /// What was run inside.
     subactions: Vec<Digest>,
+}
+
+/// What stands between what runs inside and primed.
+#[derive(Clone, Copy, PartialEq)]
+enum Between {
+    Nothing,
+    /// A proxy that answers what it can without a word.
+    SilentProxy,
+    /// One that asks whether the outputs are still there, as buildbox-casd does.
+    AskingProxy,
 }
 
 /// How an element is built, beside its name and its inputs.
@@ -141,9 +152,35 @@ impl Stage {
             });
         let primed = Primed::start_with(scratch.path(), &backend.address(), arguments);
         Stage {
-            backend,
             primed,
+            _casd: None,
+            backend: Arc::new(backend),
             artifacts,
+            scratch,
+        }
+    }
+
+    /// A machine of its own, with a primed without records that shares, and a casd, before the same
+    /// backend.
+    fn second_machine(&self) -> Self {
+        let scratch = scratch();
+        let casd = Casd::proxy_of(scratch.path(), &self.backend.address());
+        let stage = self.newcomer(scratch, &casd.address());
+        Stage {
+            _casd: Some(casd),
+            ..stage
+        }
+    }
+
+    /// A primed without records that shares, before `upstream`.
+    fn newcomer(&self, scratch: TempDir, upstream: &str) -> Self {
+        let primed = Primed::start_with(scratch.path(), upstream, &["--share"]);
+        assert_eq!(primed.status()["records"]["parents"], 0);
+        Stage {
+            primed,
+            _casd: None,
+            backend: self.backend.clone(),
+            artifacts: self.artifacts.clone(),
             scratch,
         }
     }
@@ -200,7 +237,7 @@ impl Stage {
             client,
             nested: self.client("recc", "buildbox:6"),
             root: settings.root.map(str::to_owned),
-            cached_between: false,
+            between: Between::Nothing,
             ways: Vec::new(),
             subactions: Vec::new(),
         }
@@ -264,10 +301,14 @@ impl Element<'_> {
         let mut blobs = HashMap::new();
         let root = tree(&inputs, &mut blobs);
         let action = self.action(command, root, output, blobs);
-        let between = self.stage.backend.world.result("", action.digest);
-        let (way, result) = match between.filter(|_| self.cached_between) {
-            Some(result) => (Way::Found, result),
-            None => self.nested.run(&action).await,
+        let known = self.stage.backend.world.result("", action.digest);
+        let (way, result) = match (self.between, known) {
+            (Between::Nothing, _) | (_, None) => self.nested.run(&action).await,
+            (Between::SilentProxy, Some(result)) => (Way::Found, result),
+            (Between::AskingProxy, Some(result)) => {
+                self.nested.confirm(action.digest, &result).await;
+                (Way::Found, result)
+            }
         };
         assert_eq!(result.exit_code, 0);
         self.ways.push(way);
@@ -321,7 +362,7 @@ impl Element<'_> {
         let recorded = stage.recorded();
         let result = last(self.operations).await.result.unwrap();
         assert_eq!(result.exit_code, 0);
-        if !self.cached_between {
+        if self.between != Between::SilentProxy {
             let named = result.subactions.iter().map(Digest::try_from);
             let named: Vec<Digest> = named.map(Result::unwrap).collect();
             assert_eq!(
@@ -879,7 +920,9 @@ async fn what_a_proxy_between_answers_itself_is_known_the_next_time() {
         let sources = [("main.c", content), ("same.c", "same")];
         let mut app = stage.begin("app", &sources, &[&header]).await;
         assert_eq!(stage.primed_by_now(2 * round).await.len(), 2 * round);
-        app.cached_between = round > 0;
+        if round > 0 {
+            app.between = Between::SilentProxy;
+        }
         let mut objects = Vec::new();
         for (path, content) in sources {
             let command = format!("compile {path}");
@@ -921,4 +964,119 @@ async fn the_same_command_in_two_directories_is_two_actions() {
     }
     assert_eq!(stage.counts("app"), (2, 0, 0));
     assert_eq!(stage.speculative().len(), 2);
+}
+
+/// Builds `dep`, which generates the header that `app` is compiled with, and `app`.
+async fn build_both(stage: &Stage, round: &str, primed: &[&str]) {
+    let mut dep = stage.begin("dep", &[("spec", round)], &[]).await;
+    assert_eq!(stage.primed_by_now(primed.len()).await, primed);
+    let header = dep
+        .run("generate", &[("spec", &text(round))], "dep.h")
+        .await;
+    let (dep, _) = dep.end(&[("usr/include/dep.h", &header)]).await;
+    let mut app = stage.begin("app", &[("main.c", "main")], &[&dep]).await;
+    let program = build_app(&mut app, &header).await;
+    app.end(&[("usr/bin/app", &program)]).await;
+}
+
+/// Waits until both elements are shared.
+async fn shared(stage: &Stage) {
+    let shared = "share: shared parent=\"action in";
+    let log = || stage.primed.daemon.log();
+    stage
+        .until("both are shared", || log().matches(shared).count() == 2)
+        .await;
+}
+
+#[tokio::test]
+async fn another_machine_primes_elements_and_their_dependents_from_what_the_first_one_shared() {
+    let first = Stage::set_with(&["--share"]);
+    build_both(&first, "one", &[]).await;
+    shared(&first).await;
+    let second = first.second_machine();
+    build_both(&second, "two", &["generate", "compile main", "link"]).await;
+    assert_eq!(second.counts("dep"), (1, 0, 0));
+    assert_eq!(second.counts("app"), (2, 0, 0));
+    for stage in [&first, &second] {
+        let log = stage.primed.daemon.log();
+        assert!(
+            !log.contains(" WARN ") && !log.contains("panicked"),
+            "{log}"
+        );
+    }
+}
+
+#[tokio::test]
+async fn a_backend_that_takes_no_updates_is_read_from_and_that_is_said_once() {
+    let first = Stage::set_with(&["--share"]);
+    build_both(&first, "one", &[]).await;
+    shared(&first).await;
+    *first.backend.world.takes_updates.lock() = false;
+    let second = first.newcomer(scratch(), &first.backend.address());
+    build_both(&second, "two", &["generate", "compile main", "link"]).await;
+    let said = || {
+        let log = second.primed.daemon.log();
+        let warnings: Vec<&str> = log.lines().filter(|line| line.contains("WARN")).collect();
+        warnings.join("\n")
+    };
+    second
+        .until("it is said", || {
+            said().contains("the backend allows no action-cache updates")
+        })
+        .await;
+    assert_eq!(said().lines().count(), 1, "{}", said());
+}
+
+#[tokio::test]
+async fn what_a_proxy_between_answers_and_asks_about_is_counted_and_named() {
+    let stage = Stage::set();
+    for (round, content) in ["one", "two", "three"].into_iter().enumerate() {
+        let sources = [("main.c", content), ("same.c", "same")];
+        let mut app = stage.begin("app", &sources, &[]).await;
+        stage.primed_by_now(2 * round).await;
+        app.between = Between::AskingProxy;
+        let mut objects = Vec::new();
+        for (path, content) in sources {
+            let (command, output) = (format!("compile {path}"), path.replace(".c", ".o"));
+            let object = app.run(&command, &[(path, &text(content))], &output).await;
+            objects.push((output, object));
+        }
+        let inputs: Vec<(&str, &Bytes)> = objects
+            .iter()
+            .map(|(path, object)| (path.as_str(), object))
+            .collect();
+        // Nothing of it stands in the element's tree.
+        let program = app.run("link", &inputs, "app").await;
+        app.end(&[("usr/bin/app", &program)]).await;
+        match round {
+            0 => assert_eq!(stage.counts("app"), (0, 0, 3)),
+            _ => assert_eq!(stage.counts("app"), (2, 0, 0), "one was cached"),
+        }
+        let status = stage.primed.status();
+        let newest = &status["builds"][0];
+        assert_eq!(
+            (&newest["asked"], &newest["parent"]),
+            (&3.into(), &"action".into())
+        );
+    }
+    assert_eq!(stage.speculative().len(), 4);
+}
+
+#[tokio::test]
+async fn an_element_whose_client_goes_on_waiting_by_name_is_named_counted_and_recorded_as_ever() {
+    let stage = Stage::set();
+    for round in ["one", "two"] {
+        let mut lib = stage.begin("lib", &[("lib.c", round)], &[]).await;
+        if round == "two" {
+            assert_eq!(stage.primed_by_now(1).await, ["compile lib"]);
+        }
+        let operation = lib.operations.message().await.unwrap().unwrap();
+        // The stream that it was told so by is dropped.
+        lib.operations = lib.client.wait(&operation.name).await.unwrap();
+        let object = lib
+            .run("compile lib", &[("lib.c", &text(round))], "lib.o")
+            .await;
+        lib.end(&[("usr/lib/lib.o", &object)]).await;
+    }
+    assert_eq!(stage.counts("lib"), (1, 0, 0));
 }

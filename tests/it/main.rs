@@ -13,6 +13,7 @@ mod elements;
 mod examples;
 mod frames;
 mod grpcio;
+mod hidden_hits;
 mod http2;
 mod listeners;
 mod local_cas;

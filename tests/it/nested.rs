@@ -49,14 +49,13 @@ pub enum Worker {
     Apart,
     /// The backend itself, which sends nested calls back through primed. It knows the results of
     /// all that it executed: primed sees the lookups that miss, and of those that hit only that the
-    /// outputs are looked for (`FindMissingBlobs`).
+    /// outputs are looked for (`FindMissingBlobs`), which tells it of them.
     Backend,
 }
 
 /// A project, BuildStream to build it, primed, and casd.
 pub struct Stage {
     pub primed: Primed,
-    worker: Worker,
     _casds: Vec<Daemon>,
     directory: TempDir,
 }
@@ -108,7 +107,6 @@ impl Stage {
         };
         Stage {
             primed,
-            worker,
             _casds: casds,
             directory,
         }
@@ -484,7 +482,7 @@ fn after_each_change_of_a_dependency_all_nested_calls_of_elements_are_primed() {
             stage.build(&["program.bst"]);
             assert_eq!(stage.sum("program.bst"), sum_of(dep, 6));
             for element in ["library.bst", "program.bst"] {
-                all_primed(stage.worker, &stage.parents(element, dep));
+                all_primed(&stage.parents(element, dep));
             }
         }
     });
@@ -527,7 +525,7 @@ fn nested_calls_of_two_elements_at_a_time_are_primed_for_the_right_one() {
         assert_eq!(stage.sum("other.bst"), sum_of(2, 3));
         let parents = elements.map(|element| stage.parents(element, 2));
         for builds in &parents {
-            all_primed(stage.worker, builds);
+            all_primed(builds);
         }
         let [library, other] = parents.map(|builds| builds[0].clone());
         let began = library.started.max(other.started);
@@ -537,7 +535,7 @@ fn nested_calls_of_two_elements_at_a_time_are_primed_for_the_right_one() {
 }
 
 /// The first of these builds of an element missed all its nested calls, and the last none.
-fn all_primed(worker: Worker, builds: &[Built]) {
+fn all_primed(builds: &[Built]) {
     let [newest, .., first] = builds else {
         panic!("{builds:?}");
     };
@@ -546,12 +544,5 @@ fn all_primed(worker: Worker, builds: &[Built]) {
         (built.counts.asked, hit + joined, built.counts.missed)
     };
     assert_eq!(counts(first), (NESTED, 0, NESTED), "{first:?}");
-    match worker {
-        Worker::Apart => assert_eq!(counts(newest), (NESTED, NESTED, 0), "{newest:?}"),
-        // The worker answers most lookups that hit by itself.
-        Worker::Backend => {
-            assert_eq!(newest.counts.missed, 0, "{newest:?}");
-            assert_eq!(newest.counts.primed, NESTED, "{newest:?}");
-        }
-    }
+    assert_eq!(counts(newest), (NESTED, NESTED, 0), "{newest:?}");
 }

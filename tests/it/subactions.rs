@@ -25,6 +25,7 @@ use primed::proxy::{Capabilities, Client, Proxy, Reply};
 use primed::reapi::google::longrunning::{Operation, operation};
 use primed::reapi::{
     ActionResult, ExecuteRequest, ExecuteResponse, GetActionResultRequest, OutputFile,
+    WaitExecutionRequest,
 };
 use primed::speculation::Engine;
 use primed::speculation::engine::{EngineParts, engine};
@@ -41,6 +42,7 @@ use crate::support::scratch;
 
 const LOOKUP: &str = "/build.bazel.remote.execution.v2.ActionCache/GetActionResult";
 const EXECUTE: &str = "/build.bazel.remote.execution.v2.Execution/Execute";
+const WAIT: &str = "/build.bazel.remote.execution.v2.Execution/WaitExecution";
 const CAPABILITIES: &str = "/build.bazel.remote.execution.v2.Capabilities/GetCapabilities";
 
 /// Field 1023, a varint: nobody knows it.
@@ -118,6 +120,9 @@ impl Stage {
         method: &str,
         key: &FlightKey,
     ) -> (ResponseFuture, SendResponse<Bytes>) {
+        if method == WAIT {
+            self.engine.name_operation(name_of(key), key);
+        }
         let (response, mut request) = begin(&self.client, method, HeaderMap::new()).await;
         request.send_data(request_about(method, key), true).unwrap();
         loop {
@@ -167,6 +172,7 @@ fn request_about(method: &str, key: &FlightKey) -> Bytes {
             ..GetActionResultRequest::default()
         }
         .encode_to_vec(),
+        WAIT => WaitExecutionRequest { name: name_of(key) }.encode_to_vec(),
         _ => ExecuteRequest {
             instance_name,
             action_digest,
@@ -174,6 +180,11 @@ fn request_about(method: &str, key: &FlightKey) -> Bytes {
         }
         .encode_to_vec(),
     })
+}
+
+/// What the upstream calls the execution of `key`.
+fn name_of(key: &FlightKey) -> String {
+    format!("operations/{}", key.action)
 }
 
 fn key(name: &str) -> FlightKey {
@@ -470,8 +481,14 @@ async fn what_cannot_be_completed_passes_byte_for_byte() {
         // Twice, for what follows is not to be left alone for it.
         let twice = [&answer[..], &answer].concat();
         let cuts = [answer.len() / 2, answer.len()];
-        let (_, data) = stage.told(method, &key, head(), &twice, &cuts).await;
-        assert!(data == twice, "{what}, by {method}");
+        let methods: &[&str] = match method {
+            EXECUTE => &[EXECUTE, WAIT],
+            _ => &[method],
+        };
+        for method in methods {
+            let (_, data) = stage.told(method, &key, head(), &twice, &cuts).await;
+            assert!(data == twice, "{what}, by {method}");
+        }
     }
     let mut sized = head();
     let answer = plain(&done(&result(5)));
@@ -501,6 +518,53 @@ async fn behind_what_cannot_be_completed_the_rest_is() {
         let cuts = [3, before.len() - 1, before.len() + 2];
         let (_, data) = stage.told(EXECUTE, &parent, head(), &answer, &cuts).await;
         assert!(data == [before, &expected].concat());
+    }
+}
+
+#[tokio::test]
+async fn a_client_that_goes_on_waiting_by_name_is_told_the_subactions() {
+    let mut stage = Stage::set(EngineIs::Running).await;
+    let (parent, subactions) = (key("parent"), digests(2));
+    let last = framed(&done(&result(5)));
+    let (response, mut respond) = stage.call(EXECUTE, &parent).await;
+    let mut sending = respond.send_response(with(head()), false).unwrap();
+    let named = framed(&running());
+    // The name is known however it comes.
+    send(&mut sending, &named[..9]);
+    let mut response = in_time(response).await.unwrap();
+    next(response.body_mut(), 9).await;
+    send(&mut sending, &named[9..]);
+    next(response.body_mut(), named.len() - 9).await;
+    sending.send_reset(Reason::CANCEL);
+    read(response.into_body()).await;
+
+    stage
+        .engine
+        .subactions()
+        .set(parent.clone(), subactions.clone());
+    for (name, expected) in [
+        ("operations/1", done(&filled(&result(5), &subactions))),
+        ("operations/2", done(&result(5))),
+    ] {
+        let (response, mut request) = begin(&stage.client, WAIT, HeaderMap::new()).await;
+        let name = name.to_owned();
+        let asked = framed(&WaitExecutionRequest { name }.encode_to_vec());
+        request.send_data(asked.clone(), true).unwrap();
+        let (mut request, mut respond) = loop {
+            let (request, respond) = stage.upstream.call().await;
+            if request.uri().path() == WAIT {
+                break (request, respond);
+            }
+        };
+        assert_eq!(next(request.body_mut(), asked.len()).await, asked);
+        let mut sending = respond.send_response(with(head()), false).unwrap();
+        send(&mut sending, &[&named[..], &last].concat());
+        sending.send_trailers(trailers()).unwrap();
+        let response = in_time(response).await.unwrap();
+        assert_eq!(fields(response.headers()), fields(&head()));
+        let answer = answer_of(response).await;
+        assert_eq!(messages(&answer.data), [running(), expected]);
+        assert_eq!(answer.ending, Ending::Trailers(fields(&trailers())));
     }
 }
 
