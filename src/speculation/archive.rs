@@ -17,7 +17,6 @@ use super::record::{Subaction, record};
 use super::recorder::{self, Recorded};
 use super::store::{Store, StoreError};
 use super::workshop::Workshop;
-use crate::cas::digest::required;
 use crate::clock;
 use crate::reapi::ActionResult;
 use crate::reapi::buildstream::v2::SpeculativeActions;
@@ -377,9 +376,10 @@ async fn adopt(
     let instance = parent.identity.instance.clone();
     let bases = parent.actions.values();
     let first = bases.map(|base| base.order + 1).max().unwrap_or_default();
+    let function = parent.identity.digest_function;
     let mut subactions = Vec::new();
     for (order, action) in (first..).zip(&message.actions) {
-        let Ok(action) = required(action.base_action_digest.as_ref()) else {
+        let Ok(action) = function.read(action.base_action_digest.as_ref()) else {
             continue;
         };
         let result = workshop.backend.action_result(&instance, action).await;

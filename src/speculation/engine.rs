@@ -292,7 +292,11 @@ impl State {
             }
             Observation::Executing { origin, key } => {
                 self.nested.ask(&origin, &key, true);
-                let parent = self.build_of(&origin).caller.parent(&key.instance);
+                let function = key.action.function();
+                let parent = self
+                    .build_of(&origin)
+                    .caller
+                    .parent(&key.instance, function);
                 let own = Group::Invocation(parent.weak_key());
                 let open = self.nested.open().map(|(_, open)| &open.group);
                 for group in open.chain([&own]) {
@@ -308,7 +312,9 @@ impl State {
                     self.nested.ask(&origin, &key, false);
                 }
                 let build = self.build_of(&origin);
-                let (number, parent) = (build.number, build.caller.parent(&key.instance));
+                let function = key.action.function();
+                let parent = build.caller.parent(&key.instance, function);
+                let number = build.number;
                 let own = Group::Invocation(parent.weak_key());
                 self.look_for_shared(parent, number);
                 let open = self.nested.open().map(|(_, open)| &open.group);
@@ -351,7 +357,7 @@ impl State {
     fn begin(&mut self, caller: &Caller) {
         self.builds += 1;
         let number = self.builds;
-        tracing::debug!(build = caller.parent(&"".into()).label(), "a build begins");
+        tracing::debug!(build = caller.label(), "a build begins");
         if let BuildKey::Process(process) = &caller.key {
             self.watch(process, &caller.key);
         }
@@ -501,7 +507,10 @@ impl State {
         if call.joined.is_none() {
             let group = match parent.and_then(|parent| self.nested.group(parent)) {
                 Some(group) => group.clone(),
-                None => Group::Invocation(caller.parent(&call.key.instance).weak_key()),
+                None => {
+                    let function = call.key.action.function();
+                    Group::Invocation(caller.parent(&call.key.instance, function).weak_key())
+                }
             };
             if let Some(priming) = self.primings.get(&group) {
                 let key = call.key;
@@ -552,6 +561,7 @@ impl State {
         let family = Family::of(&identity, caller.uid, &self.parents);
         let group = Group::Actions {
             instance: identity.instance.clone(),
+            digest_function: key.action.function(),
             uid: caller.uid,
         };
         let mut number = None;
@@ -665,10 +675,7 @@ impl State {
             return;
         };
         self.callers.forget_build(key);
-        tracing::debug!(
-            build = build.caller.parent(&"".into()).label(),
-            "a build has ended"
-        );
+        tracing::debug!(build = build.caller.label(), "a build has ended");
         build.ended_unix_ms = Some(clock::now_unix_ms());
         let subactions = std::mem::take(&mut build.subactions);
         let (known, open) = (&self.parents, &self.open);
@@ -710,6 +717,7 @@ impl State {
             (ParentKind::Action(action), Some(own)) => {
                 known.identity.uid == caller.uid
                     && action.instance == own.instance
+                    && action.key.function() == own.key.function()
                     && action.name != own.name
             }
             _ => false,

@@ -102,7 +102,7 @@ pub enum Instantiation {
     /// Nothing that it reads has changed.
     Unchanged,
     /// It is to be executed anew.
-    Adapted(Adapted),
+    Adapted(Box<Adapted>),
     /// Some of its inputs come from actions that are not done: these.
     Waits(Arc<[Node]>),
     /// What it is to be will be known when a parent has been asked for, or has ended.
@@ -409,7 +409,7 @@ impl Instantiator {
         if is_empty && !revision.stands && !spot.path.is_empty() {
             return Ok(Rewritten::Gone);
         }
-        let (new, encoded) = Digest::of_message(&message);
+        let (new, encoded) = task.base.digest.function().of_message(&message);
         if Some(new) == digest {
             return Ok(Rewritten::Same);
         }
@@ -423,15 +423,15 @@ impl Instantiator {
 }
 
 /// The base action with another tree.
-fn adapted<O>(task: &Task<'_, O>, tree: Arc<NewDirectory>) -> Result<Adapted, Unadaptable> {
+fn adapted<O>(task: &Task<'_, O>, tree: Arc<NewDirectory>) -> Result<Box<Adapted>, Unadaptable> {
     let (action, encoded) = with_input_root(&task.base.encoded, tree.digest)
         .ok_or(Unadaptable::NotCanonical(task.base.digest))?;
-    Ok(Adapted {
+    Ok(Box::new(Adapted {
         action,
         encoded,
         tree: Some(tree),
         command: None,
-    })
+    }))
 }
 
 /// The base action with other digest-valued text, and perhaps another tree.
@@ -439,7 +439,7 @@ fn adapted_with_texts<O>(
     task: &Task<'_, O>,
     tree: Option<Arc<NewDirectory>>,
     replacements: &Replacements,
-) -> Result<Adapted, Unadaptable> {
+) -> Result<Box<Adapted>, Unadaptable> {
     let not_canonical = || Unadaptable::NotCanonical(task.base.digest);
     let mut action =
         reapi::Action::decode(task.base.encoded.clone()).map_err(|_| not_canonical())?;
@@ -448,19 +448,20 @@ fn adapted_with_texts<O>(
     if command.encode_to_vec() != *encoded {
         return Err(not_canonical());
     }
-    texts::replace(&mut action, &mut command, replacements);
-    let (command, encoded) = Digest::of_message(&command);
+    let function = task.base.digest.function();
+    texts::replace(&mut action, &mut command, function, replacements);
+    let (command, encoded) = function.of_message(&command);
     action.command_digest = Some(command.to_proto());
     if let Some(tree) = &tree {
         action.input_root_digest = Some(tree.digest.to_proto());
     }
-    let (action, encoded_action) = Digest::of_message(&action);
-    Ok(Adapted {
+    let (action, encoded_action) = function.of_message(&action);
+    Ok(Box::new(Adapted {
         action,
         encoded: encoded_action,
         tree,
         command: Some((command, encoded)),
-    })
+    }))
 }
 
 /// What becomes of one directory.
@@ -703,7 +704,10 @@ mod tests {
                 });
             }
             let (digest, encoded) = Digest::of_message(&message);
-            trees.insert(digest, Arc::new(Directory::parse(encoded).unwrap()));
+            trees.insert(
+                digest,
+                Arc::new(Directory::parse(encoded, digest.function()).unwrap()),
+            );
             digest
         }
     }
@@ -914,7 +918,10 @@ mod tests {
                 directories: directories.into(),
                 ..reapi::Directory::default()
             });
-            trees.insert(digest, Arc::new(Directory::parse(encoded).unwrap()));
+            trees.insert(
+                digest,
+                Arc::new(Directory::parse(encoded, digest.function()).unwrap()),
+            );
             root = digest;
         }
         let answer = instantiate(

@@ -16,8 +16,8 @@ use super::parent::{ExecutedParent, Parent, ParentIdentity, ParentKind, WeakKey}
 use super::record::{Subaction, record};
 use super::share;
 use super::workshop::Workshop;
-use crate::cas::Digest;
 use crate::cas::directories::Trees;
+use crate::cas::{Digest, DigestFunction};
 use crate::config::Mode;
 use crate::task;
 
@@ -77,16 +77,18 @@ pub async fn run(
                 continue;
             }
         };
-        let mut by_instance: HashMap<Arc<str>, Vec<Subaction>> = HashMap::new();
+        let mut by_place: HashMap<(Arc<str>, DigestFunction), Vec<Subaction>> = HashMap::new();
         for (key, subaction) in build.subactions {
-            by_instance.entry(key.instance).or_default().push(subaction);
+            let place = (key.instance, key.action.function());
+            by_place.entry(place).or_default().push(subaction);
         }
-        if let (Some(action), true) = (&build.caller.action, by_instance.is_empty()) {
+        if let (Some(action), true) = (&build.caller.action, by_place.is_empty()) {
             // Others may depend on it all the same.
-            by_instance.insert(action.instance.clone(), Vec::new());
+            let place = (action.instance.clone(), action.key.function());
+            by_place.insert(place, Vec::new());
         }
-        for (instance, mut subactions) in by_instance {
-            let identity = build.caller.parent(&instance);
+        for ((instance, function), mut subactions) in by_place {
+            let identity = build.caller.parent(&instance, function);
             subactions.sort_by_key(|subaction| subaction.order);
             let label = identity.label();
             let recording = Recording {

@@ -13,7 +13,7 @@ use super::edits::{Edit, Edits, Lesson, OldFile};
 use super::flights::{FlightKey, Urgency};
 use super::instantiate::{Adapted, Instantiation, Instantiator, Task, Texts, Unadaptable};
 use super::known::{Known, find_file, find_output};
-use super::parent::{BaseAction, Parent, ParentKind, WeakKey, action_parts};
+use super::parent::{BaseAction, Parent, ParentKind, WeakKey};
 use super::resolve::{Current, Node, Resolver, TreeFile};
 use super::workshop::Workshop;
 use crate::cas::Digest;
@@ -59,7 +59,7 @@ impl Subject {
             let of_bases = roots.entry(identity.instance.clone()).or_default();
             of_bases.extend(bases.clone().map(|base| base.input_root));
             let with_texts = bases.filter(|base| !base.texts.is_empty());
-            let with_texts = with_texts.filter_map(|base| action_parts(&base.encoded).ok());
+            let with_texts = with_texts.filter_map(|base| base.parts().ok());
             let of_bases = commands.entry(identity.instance.clone()).or_default();
             of_bases.extend(with_texts.map(|parts| parts.command));
             if let ParentKind::Action(action) = &identity.kind
@@ -148,7 +148,7 @@ pub struct Ready {
     /// What it is executed as.
     pub key: FlightKey,
     /// The adapted action with what it needs.
-    pub adapted: Adapted,
+    pub adapted: Box<Adapted>,
     /// Its place in the lane.
     pub urgency: Urgency,
 }
@@ -347,7 +347,7 @@ impl Plan {
     }
 
     /// Instantiates `nodes` and whatever that releases or calls for.
-    fn advance(&mut self, nodes: Vec<Node>, results: &Results) -> Vec<(Node, Adapted)> {
+    fn advance(&mut self, nodes: Vec<Node>, results: &Results) -> Vec<(Node, Box<Adapted>)> {
         let mut ready = Vec::new();
         let mut released = nodes;
         released.reverse();
@@ -457,7 +457,7 @@ impl Plan {
     }
 
     /// The most urgent first; two base actions that became the same adapted one count once.
-    fn in_order(&self, adapted: Vec<(Node, Adapted)>) -> Vec<Ready> {
+    fn in_order(&self, adapted: Vec<(Node, Box<Adapted>)>) -> Vec<Ready> {
         let mut seen = std::collections::HashSet::new();
         let mut ready: Vec<Ready> = adapted
             .into_iter()
@@ -486,7 +486,7 @@ fn command(base: &BaseAction, commands: &HashMap<Digest, Bytes>) -> Option<Bytes
     if base.texts.is_empty() {
         return None;
     }
-    let parts = action_parts(&base.encoded).ok()?;
+    let parts = base.parts().ok()?;
     commands.get(&parts.command).cloned()
 }
 
@@ -536,7 +536,7 @@ mod tests {
         /// An action that reads `inputs` as they were recorded ("old NAME") and writes `output`.
         fn action(mut self, output: &str, inputs: &[&str], seconds: u64) -> Self {
             let (input_root, directory) = Digest::of_message(&root(inputs, |_| "old"));
-            let directory = Directory::parse(directory).unwrap();
+            let directory = Directory::parse(directory, input_root.function()).unwrap();
             self.trees.insert(input_root, Arc::new(directory));
             let encoded = encoded(output, input_root);
             let base = BaseAction {
@@ -569,7 +569,7 @@ mod tests {
 
         fn plan(self) -> Plan {
             let actions = self.bases.into_iter().map(|base| {
-                let action_key = action_parts(&base.encoded).unwrap().action_key;
+                let action_key = base.parts().unwrap().action_key;
                 let mount = base.mount.clone();
                 (SubactionKey { action_key, mount }, Arc::new(base))
             });

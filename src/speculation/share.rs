@@ -24,8 +24,7 @@ use super::interchange::{self, Interchange, Malformed, Names};
 use super::parent::{Origin, OverlayTable, Parent, ParentIdentity, WeakKey};
 use super::recorder;
 use super::workshop::Workshop;
-use crate::cas::Digest;
-use crate::cas::digest::required;
+use crate::cas::{Digest, DigestFunction};
 use crate::clock;
 use crate::reapi::{Action, ActionResult, Command, Directory, ExecutedActionMetadata, OutputFile};
 
@@ -117,14 +116,14 @@ struct Entry {
 }
 
 impl Entry {
-    fn of(key: WeakKey) -> Self {
-        let command = Digest::of_message(&Command {
+    fn of(key: WeakKey, function: DigestFunction) -> Self {
+        let command = function.of_message(&Command {
             arguments: vec![COMMAND.to_owned(), key.to_string()],
             output_paths: vec![OUTPUT.to_owned()],
             ..Command::default()
         });
-        let input_root = Digest::of_message(&Directory::default());
-        let action = Digest::of_message(&Action {
+        let input_root = function.of_message(&Directory::default());
+        let action = function.of_message(&Action {
             command_digest: Some(command.0.to_proto()),
             input_root_digest: Some(input_root.0.to_proto()),
             salt: Bytes::from_static(SALT),
@@ -162,11 +161,12 @@ pub async fn publish(workshop: &Workshop, parent: &Parent) {
 async fn share(workshop: &Workshop, parent: &Parent) -> Result<(), ShareError> {
     let identity = &parent.identity;
     let message = interchange::message(&timeless(parent), &Names::default(), None);
-    let (records, encoded) = Digest::of_message(&message);
+    let function = identity.digest_function;
+    let (records, encoded) = function.of_message(&message);
     if records.size() > MAX_SHARED {
         return Err(ShareError::TooLarge(encoded.len()));
     }
-    let Entry { action, mut blobs } = Entry::of(identity.weak_key());
+    let Entry { action, mut blobs } = Entry::of(identity.weak_key(), function);
     blobs.insert(records, encoded);
     workshop.cas.upload(&identity.instance, &blobs).await?;
     let result = ActionResult {
@@ -242,7 +242,8 @@ async fn fetch(
     identity: &ParentIdentity,
 ) -> Result<Option<Result<Bytes, UnusableError>>, Status> {
     let instance = &identity.instance;
-    let entry = Entry::of(identity.weak_key());
+    let function = identity.digest_function;
+    let entry = Entry::of(identity.weak_key(), function);
     let result = workshop.backend.action_result(instance, entry.action);
     let Some(result) = result.await? else {
         return Ok(None);
@@ -251,7 +252,7 @@ async fn fetch(
     let Some(output) = outputs.find(|output| output.path == OUTPUT) else {
         return Ok(None);
     };
-    let Ok(digest) = required(output.digest.as_ref()) else {
+    let Ok(digest) = function.read(output.digest.as_ref()) else {
         return Ok(Some(Err(UnusableError::NoDigest)));
     };
     if digest.size() > MAX_SHARED {
@@ -312,16 +313,21 @@ fn is_plain(path: &Path) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::speculation::parent::{BaseAction, SubactionKey, action_parts, fixture};
+    use crate::speculation::parent::{BaseAction, SubactionKey, fixture};
     use prost::Message as _;
 
+    const SHA256: DigestFunction = DigestFunction::Sha256;
+
     #[test]
-    fn the_entry_depends_on_the_weak_key_alone() {
-        let entry = Entry::of(WeakKey([1; 32]));
-        assert_eq!(entry.action, Entry::of(WeakKey([1; 32])).action);
-        assert_ne!(entry.action, Entry::of(WeakKey([2; 32])).action);
+    fn the_entry_depends_on_the_weak_key_and_the_digest_function_alone() {
+        let entry = Entry::of(WeakKey([1; 32]), SHA256);
+        assert_eq!(entry.action, Entry::of(WeakKey([1; 32]), SHA256).action);
+        assert_ne!(entry.action, Entry::of(WeakKey([2; 32]), SHA256).action);
+        let sha1 = Entry::of(WeakKey([1; 32]), DigestFunction::Sha1);
+        let is_sha1 = |digest: &Digest| digest.function() == DigestFunction::Sha1;
+        assert!(is_sha1(&sha1.action) && sha1.blobs.keys().all(is_sha1));
         let action = Action::decode(entry.blobs[&entry.action].clone()).unwrap();
-        let command = required(action.command_digest.as_ref()).unwrap();
+        let command = SHA256.read(action.command_digest.as_ref()).unwrap();
         let command = Command::decode(entry.blobs[&command].clone()).unwrap();
         assert_eq!(command.arguments, ["primed-records", &"01".repeat(32)]);
         assert!(action.platform.is_none() && !action.do_not_cache);
@@ -357,7 +363,7 @@ mod tests {
         for mount in mounts {
             let base = in_project(mount);
             let key = SubactionKey {
-                action_key: action_parts(&base.encoded).unwrap().action_key,
+                action_key: base.parts().unwrap().action_key,
                 mount: base.mount.clone(),
             };
             parent.actions.insert(key, Arc::new(base));

@@ -25,8 +25,7 @@ use super::parent::{
     ActionParent, BaseAction, ExecutedParent, Origin, OverlayTable, Parent, ParentIdentity,
     ParentKind, SubactionKey, WeakKey, action_parts,
 };
-use crate::cas::Digest;
-use crate::cas::digest::required;
+use crate::cas::{Digest, DigestFunction};
 use crate::reapi::buildstream::v2::speculative_actions::{Overlay, overlay::OverlayType};
 use crate::reapi::primed::store::v1 as proto;
 use crate::workspace::index::FileSignature;
@@ -184,8 +183,9 @@ impl Store {
                 let (key, value) = entry?;
                 let stored = proto::Parent::decode(value.value()).ok();
                 let known = stored.and_then(|stored| {
-                    let dependencies = overlays(&stored.overlays).parents();
-                    Some((identity(&stored)?, dependencies))
+                    let identity = identity(&stored)?;
+                    let overlays = overlays(&stored.overlays, identity.digest_function);
+                    Some((identity, overlays.parents()))
                 });
                 match (<[u8; 32]>::try_from(key.value()), known) {
                     (Ok(key), Some((identity, dependencies))) => parents.push(KnownParent {
@@ -305,7 +305,8 @@ impl Store {
             for entry in actions.range(first.as_slice()..=last.as_slice())? {
                 let (_, value) = entry?;
                 let decoded = proto::BaseAction::decode(value.value()).ok();
-                match decoded.and_then(base_action) {
+                let function = parent.identity.digest_function;
+                match decoded.and_then(|stored| base_action(stored, function)) {
                     Some((key, base)) => {
                         parent.actions.insert(key, Arc::new(base));
                     }
@@ -538,19 +539,28 @@ fn stored_digest(digest: Digest) -> Option<proto::Digest> {
     Some(proto::Digest {
         hash: Bytes::copy_from_slice(digest.hash()),
         size: digest.size(),
+        function: digest.function().to_proto(),
     })
 }
 
 fn digest_of(stored: Option<&proto::Digest>) -> Option<Digest> {
     let stored = stored?;
-    let hash = <[u8; 32]>::try_from(stored.hash.as_ref()).ok()?;
-    Some(Digest::from_parts(hash, stored.size))
+    function(stored.function)?.digest(&stored.hash, stored.size)
+}
+
+/// Records from when there was only one function do not name it.
+fn function(stored: i32) -> Option<DigestFunction> {
+    match stored {
+        0 => Some(DigestFunction::Sha256),
+        named => DigestFunction::from_proto(named),
+    }
 }
 
 pub(super) fn stored_parent(parent: &Parent) -> proto::Parent {
     let identity = &parent.identity;
     let mut stored = proto::Parent {
         instance_name: identity.instance.to_string(),
+        digest_function: identity.digest_function.to_proto(),
         uid: identity.uid,
         last_seen_unix_ms: parent.last_seen_unix_ms,
         overlays: parent
@@ -592,6 +602,7 @@ fn identity(stored: &proto::Parent) -> Option<ParentIdentity> {
     };
     Some(ParentIdentity {
         instance: stored.instance_name.as_str().into(),
+        digest_function: function(stored.digest_function)?,
         uid: stored.uid,
         kind,
     })
@@ -601,11 +612,12 @@ fn identity(stored: &proto::Parent) -> Option<ParentIdentity> {
 pub(super) fn parent_of(stored: &proto::Parent) -> Option<Parent> {
     let action = stored.action.as_ref();
     let executed = action.and_then(|action| execution(action.executed.as_ref()?));
+    let identity = identity(stored)?;
     Some(Parent {
-        overlays: overlays(&stored.overlays),
+        overlays: overlays(&stored.overlays, identity.digest_function),
         executed: executed.map(Arc::new),
         last_seen_unix_ms: stored.last_seen_unix_ms,
-        ..Parent::new(identity(stored)?)
+        ..Parent::new(identity)
     })
 }
 
@@ -673,10 +685,10 @@ fn stored_overlay(target: Digest, origin: &Origin) -> Overlay {
     overlay
 }
 
-fn overlays(stored: &[Overlay]) -> OverlayTable {
+fn overlays(stored: &[Overlay], function: DigestFunction) -> OverlayTable {
     let mut table = OverlayTable::default();
     for overlay in stored {
-        if let Some((target, origin)) = overlay_origin(overlay) {
+        if let Some((target, origin)) = overlay_origin(overlay, function) {
             table.add(target, origin);
         }
     }
@@ -684,8 +696,8 @@ fn overlays(stored: &[Overlay]) -> OverlayTable {
 }
 
 /// `None` if it is malformed.
-fn overlay_origin(overlay: &Overlay) -> Option<(Digest, Origin)> {
-    let target = required(overlay.target_digest.as_ref()).ok()?;
+fn overlay_origin(overlay: &Overlay, function: DigestFunction) -> Option<(Digest, Origin)> {
+    let target = function.read(overlay.target_digest.as_ref()).ok()?;
     let parent = match overlay.source_element.as_str() {
         "" => None,
         named => Some(named.parse().ok()?),
@@ -696,7 +708,7 @@ fn overlay_origin(overlay: &Overlay) -> Option<(Digest, Origin)> {
         OverlayType::Source => Origin::Tree { parent, path },
         OverlayType::Action => Origin::Action {
             parent,
-            action: required(overlay.source_action_digest.as_ref()).ok()?,
+            action: function.read(overlay.source_action_digest.as_ref()).ok()?,
             path,
         },
         OverlayType::Artifact => Origin::Artifact {
@@ -722,13 +734,16 @@ pub(super) fn stored_action(base: &BaseAction) -> proto::BaseAction {
     }
 }
 
-pub(super) fn base_action(stored: proto::BaseAction) -> Option<(SubactionKey, BaseAction)> {
-    let parts = action_parts(&stored.action).ok()?;
+pub(super) fn base_action(
+    stored: proto::BaseAction,
+    function: DigestFunction,
+) -> Option<(SubactionKey, BaseAction)> {
+    let parts = action_parts(&stored.action, function).ok()?;
     let outputs = outputs(&stored.outputs)?;
     let mount = stored.mount.as_deref().map(path_of);
     let root = stored.file_system_root.as_deref();
     let base = BaseAction {
-        digest: Digest::of(&stored.action),
+        digest: function.of(&stored.action),
         input_root: parts.input_root,
         mount: mount.clone(),
         file_system_root: root.map_or_else(|| PathBuf::from("/"), path_of),
@@ -775,6 +790,7 @@ mod tests {
     fn parent(root: &str, actions: usize, seen: i64) -> Parent {
         let mut parent = Parent::new(ParentIdentity {
             instance: "instance".into(),
+            digest_function: DigestFunction::Sha256,
             uid: Some(7),
             kind: ParentKind::Invocation {
                 project_root: Some(root.into()),
@@ -803,7 +819,7 @@ mod tests {
                 last_seen_unix_ms: seen,
                 encoded,
             };
-            let action_key = action_parts(&base.encoded).unwrap().action_key;
+            let action_key = base.parts().unwrap().action_key;
             let key = SubactionKey { action_key, mount };
             parent.actions.insert(key, Arc::new(base));
             let path = format!("{number}.o");
