@@ -42,6 +42,17 @@ impl Stage {
         stage
     }
 
+    /// Its client and its backend hash with `function`.
+    fn hashed_with(function: &str) -> Self {
+        let scratch = scratch();
+        let argument = format!("--digest-function={function}");
+        let casd = Casd::start_with(scratch.path(), 4, &[&argument]);
+        let primed = Primed::start(scratch.path(), &casd.address());
+        let server = primed.address();
+        let variables = [("RECC_CAS_DIGEST_FUNCTION", function)];
+        Stage::begin(scratch, casd, primed, &server, &variables)
+    }
+
     fn begin(
         scratch: TempDir,
         casd: Casd,
@@ -223,6 +234,26 @@ fn clients_that_leave_hashing_to_casd_are_primed_too() {
     let counts = stage.rebuild();
     stage.assert_primed(counts, 1, ALL - 1);
     assert_eq!(stage.project.run(), sum(2, 1));
+}
+
+#[test]
+fn under_each_digest_function_that_recc_and_casd_speak_a_header_change_is_primed() {
+    for function in ["SHA512", "SHA384", "SHA1", "MD5"] {
+        let mut stage = Stage::hashed_with(function);
+        stage.common(2);
+        let counts = stage.rebuild();
+        println!("{function}: {counts:?}");
+        stage.assert_primed(counts, 1, ALL - 1);
+        assert_eq!(stage.project.run(), sum(2, 1), "{function}");
+
+        // What was recorded is read back as what it was.
+        stage.primed = stage.primed.restart(&stage.casd.address());
+        stage.project.write("few.in", "3\n");
+        let counts = stage.build();
+        let few = FEW as u64;
+        stage.assert_primed(counts, ALL - few - 1, few + 1);
+        assert_eq!(stage.project.run(), sum(2, 3), "{function}");
+    }
 }
 
 #[test]
