@@ -316,7 +316,7 @@ impl State {
                 let parent = build.caller.parent(&key.instance, function);
                 let number = build.number;
                 let own = Group::Invocation(parent.weak_key());
-                self.look_for_shared(parent, number);
+                self.begin_asked(parent, number);
                 let open = self.nested.open().map(|(_, open)| &open.group);
                 let (asked, reply) = (Instant::now(), Arc::new(reply));
                 for group in open.chain([&own]) {
@@ -363,7 +363,12 @@ impl State {
         }
         let known = self.parents.values();
         let known = known.filter(|known| caller.works_on(&known.identity));
-        for known in known {
+        // Until a call says otherwise, the client hashes as it did last.
+        let latest = known.clone().filter(|one| {
+            let mut others = known.clone();
+            !others.any(|other| other.is_rehashed(one))
+        });
+        for known in latest {
             let workshop = &self.workshop;
             self.primings
                 .entry(Group::Invocation(known.key))
@@ -372,15 +377,19 @@ impl State {
         }
     }
 
-    /// Has a build of which nothing is recorded here primed by what others have shared.
-    fn look_for_shared(&mut self, parent: ParentIdentity, build: u64) {
+    /// Has a build primed that asks for something of this parent, if that was not foreseen when it
+    /// began; by what others have shared, if nothing is recorded here.
+    fn begin_asked(&mut self, parent: ParentIdentity, build: u64) {
         let key = parent.weak_key();
-        if self.workshop.sharing.is_none() || self.parents.contains_key(&key) {
+        let is_recorded = self.parents.contains_key(&key);
+        if self.workshop.sharing.is_none() && !is_recorded {
             return;
         }
         if let Entry::Vacant(new) = self.primings.entry(Group::Invocation(key)) {
             let priming = Priming::start(new.key(), self.workshop.clone());
-            priming.tell(Message::Unrecorded(Box::new(parent)));
+            if !is_recorded {
+                priming.tell(Message::Unrecorded(Box::new(parent)));
+            }
             priming.tell(Message::Begin(build));
             new.insert(priming);
         }
@@ -651,6 +660,7 @@ impl State {
             key,
             identity: recorded.parent.identity.clone(),
             dependencies: recorded.parent.dependencies(),
+            last_seen_unix_ms: recorded.parent.last_seen_unix_ms,
         };
         self.parents.insert(key, known);
         if let Some((key, digests)) = subactions::recorded(&recorded.parent) {

@@ -497,6 +497,7 @@ mod tests {
             key: identity.weak_key(),
             identity,
             dependencies: HashSet::new(),
+            last_seen_unix_ms: 0,
         }
     }
 

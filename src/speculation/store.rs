@@ -94,6 +94,22 @@ pub struct KnownParent {
     pub identity: ParentIdentity,
     /// The other parents that its overlays name.
     pub dependencies: HashSet<WeakKey>,
+    /// When it was last recorded: milliseconds since 1970.
+    pub last_seen_unix_ms: i64,
+}
+
+impl KnownParent {
+    /// Whether it is `earlier` in all but the digest function, and was recorded later.
+    pub fn is_rehashed(&self, earlier: &Self) -> bool {
+        let function = earlier.identity.digest_function;
+        let otherwise_equal = ParentIdentity {
+            digest_function: function,
+            ..self.identity.clone()
+        };
+        self.last_seen_unix_ms > earlier.last_seen_unix_ms
+            && self.identity.digest_function != function
+            && otherwise_equal.weak_key() == earlier.key
+    }
 }
 
 /// A file with what its metadata were when it was hashed.
@@ -185,14 +201,17 @@ impl Store {
                 let known = stored.and_then(|stored| {
                     let identity = identity(&stored)?;
                     let overlays = overlays(&stored.overlays, identity.digest_function);
-                    Some((identity, overlays.parents()))
+                    Some((identity, overlays.parents(), stored.last_seen_unix_ms))
                 });
                 match (<[u8; 32]>::try_from(key.value()), known) {
-                    (Ok(key), Some((identity, dependencies))) => parents.push(KnownParent {
-                        key: WeakKey(key),
-                        identity,
-                        dependencies,
-                    }),
+                    (Ok(key), Some((identity, dependencies, last_seen_unix_ms))) => {
+                        parents.push(KnownParent {
+                            key: WeakKey(key),
+                            identity,
+                            dependencies,
+                            last_seen_unix_ms,
+                        })
+                    }
                     _ => tracing::warn!("a parent in the record store is malformed; it is ignored"),
                 }
             }

@@ -257,6 +257,30 @@ fn under_each_digest_function_that_recc_and_casd_speak_a_header_change_is_primed
 }
 
 #[test]
+fn when_client_and_backend_begin_to_hash_otherwise_all_is_recorded_anew_and_primed() {
+    let mut stage = Stage::set(&[]);
+    stage.casd.daemon.kill();
+    let directory = stage.primed.directory.clone();
+    std::fs::remove_file(stage.casd.socket()).unwrap();
+    std::fs::remove_dir_all(directory.join("casd")).unwrap();
+    stage.casd = Casd::start_with(&directory, 4, &["--digest-function=SHA512"]);
+    stage.project = stage.project.with("RECC_CAS_DIGEST_FUNCTION", "SHA512");
+    stage.common(2);
+    let counts = stage.rebuild();
+    assert_eq!((counts.asked, counts.missed), (ALL, ALL), "{counts:?}");
+    let refused = || {
+        let log = stage.primed.daemon.log();
+        log.matches("Unsupported digest function").count()
+    };
+    let before = refused();
+    stage.common(3);
+    let counts = stage.rebuild();
+    stage.assert_primed(counts, 1, ALL - 1);
+    assert_eq!(refused(), before, "the old records are left alone");
+    assert_eq!(stage.project.run(), sum(3, 1));
+}
+
+#[test]
 fn a_client_that_comes_by_tcp_from_this_machine_is_primed_too() {
     let mut stage = Stage::set(&[]);
     let socket = stage.primed.socket();
