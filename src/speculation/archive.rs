@@ -82,6 +82,8 @@ pub struct Listed {
     pub label: String,
     /// REAPI's instance name, of its actions.
     pub instance: String,
+    /// REAPI's name of their digest function.
+    pub digest_function: String,
     /// How many base actions are recorded of it.
     pub actions: usize,
     /// Whether all there is of it is a message that waits for its first build.
@@ -109,6 +111,7 @@ pub fn list(store: &Store) -> Result<Vec<Listed>, ArchiveError> {
         weak_key: key.to_string(),
         label: "imported; used from its first recorded build on".to_owned(),
         instance: String::new(),
+        digest_function: String::new(),
         actions: 0,
         waits: true,
     });
@@ -118,6 +121,7 @@ pub fn list(store: &Store) -> Result<Vec<Listed>, ArchiveError> {
             weak_key: known.key.to_string(),
             label: known.identity.label(),
             instance: known.identity.instance.to_string(),
+            digest_function: known.identity.digest_function.to_string(),
             actions: store.actions_of(known.key)?,
             waits: false,
         });

@@ -508,6 +508,11 @@ mod tests {
             uid: Some(1000),
             kind: invocation(Some("/p"), "make"),
         };
+        // Records of earlier versions, and of other machines, are found by it.
+        assert_eq!(
+            identity.weak_key().to_string(),
+            "b49c677810426e540431b84fb9355badd2a649a4a1ee2b6b898e2879e2b6b507"
+        );
         let mut keys = vec![identity.weak_key()];
         keys.push(
             ParentIdentity {

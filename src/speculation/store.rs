@@ -882,6 +882,29 @@ mod tests {
     }
 
     #[test]
+    fn records_that_name_no_digest_function_are_of_sha256() {
+        let recorded = parent("/one", 3, 1);
+        let stored = proto::Parent {
+            digest_function: 0,
+            ..stored_parent(&recorded)
+        };
+        assert_eq!(identity(&stored).unwrap(), recorded.identity);
+        for base in recorded.actions.values() {
+            let mut stored = stored_action(base);
+            for output in &mut stored.outputs {
+                output.digest.as_mut().unwrap().function = 0;
+            }
+            let (_, read) = base_action(stored, recorded.identity.digest_function).unwrap();
+            assert_eq!(read, **base);
+        }
+        let unknown = proto::Parent {
+            digest_function: 1000,
+            ..stored_parent(&recorded)
+        };
+        assert_eq!(identity(&unknown), None, "of a later version");
+    }
+
+    #[test]
     fn records_are_the_same_after_the_store_was_opened_again() {
         let scratch = tempfile::tempdir().unwrap();
         let (one, two) = (parent("/one", 9, 1), parent("/two", 4, 2));

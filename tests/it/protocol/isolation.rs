@@ -66,6 +66,11 @@ async fn assert_apart(one: Place, other: Place) {
     let listed = String::from_utf8(listed.stdout).unwrap();
     let keys: BTreeSet<&str> = listed.lines().filter_map(|l| l.split(' ').next()).collect();
     assert_eq!(keys.len(), 2, "{listed}");
+    let labels: BTreeSet<&str> = listed
+        .lines()
+        .filter_map(|l| l.split("  ").last())
+        .collect();
+    assert_eq!(labels.len(), 2, "people can tell them apart: {listed}");
 }
 
 #[tokio::test]
