@@ -6,7 +6,7 @@ use std::collections::HashMap;
 
 use base64::Engine as _;
 use bytes::{BufMut, Bytes, BytesMut};
-use primed::digest::Digest;
+use primed::digest::{Digest, DigestFunction};
 use primed::reapi::google::bytestream::{ReadRequest, ReadResponse, WriteRequest, WriteResponse};
 use primed::reapi::google::rpc::Status;
 use primed::reapi::{
@@ -37,6 +37,8 @@ pub const REQUEST_METADATA_KEY: &str = "build.bazel.remote.execution.v2.requestm
 /// How many actions there are to look up.
 pub const ACTIONS: usize = 64;
 
+const SHA256: DigestFunction = DigestFunction::Sha256;
+
 /// An action, all that the CAS must hold for it, and its result.
 pub struct Seeded {
     pub action: Digest,
@@ -55,9 +57,9 @@ pub fn seeded(index: usize) -> Seeded {
         output_paths: vec![format!("f{index}.o")],
         ..Command::default()
     };
-    let command = Digest::of_message(&command);
-    let root = Digest::of_message(&Directory::default());
-    let action = Digest::of_message(&Action {
+    let command = SHA256.of_message(&command);
+    let root = SHA256.of_message(&Directory::default());
+    let action = SHA256.of_message(&Action {
         command_digest: Some(command.0.to_proto()),
         input_root_digest: Some(root.0.to_proto()),
         ..Action::default()
@@ -155,7 +157,8 @@ pub fn seeded_blobs() -> HashMap<Digest, Bytes> {
 pub fn batch_read_answer(blobs: &HashMap<Digest, Bytes>, request: &[u8]) -> Bytes {
     let request: BatchReadBlobsRequest = unframed(request);
     let responses = request.digests.into_iter().map(|proto| {
-        let data = primed::digest::required(Some(&proto))
+        let data = SHA256
+            .read(Some(&proto))
             .ok()
             .and_then(|digest| blobs.get(&digest).cloned());
         let missing = Status {

@@ -27,8 +27,9 @@ use crate::reapi::{ActionResult, ServerCapabilities};
 /// Encoded `google.longrunning.Operation` messages, as the backend sent them.
 pub type Operations = Pin<Box<dyn Stream<Item = Result<Bytes, Status>> + Send>>;
 
-/// The calls of the Remote Execution API that speculation needs. Every method is one RPC;
-/// batching and verification are `cas::transfer`'s.
+/// The calls of the Remote Execution API that speculation needs. Every method is one RPC, which
+/// says what digest function the digests in it are of: all of the same. Batching and verification
+/// are `cas::transfer`'s.
 #[async_trait]
 pub trait Backend: Send + Sync + 'static {
     /// What `instance` can do, how much fits into one batch, and which priorities it allows.

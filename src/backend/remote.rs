@@ -21,7 +21,7 @@ use tonic_prost::ProstEncoder;
 use super::exchange::Answer;
 use super::upstream::{Head, Upstream};
 use super::{Backend, Operations};
-use crate::digest::Digest;
+use crate::digest::{Digest, DigestFunction};
 use crate::http2::body::Body;
 use crate::reapi::action_cache_client::ActionCacheClient;
 use crate::reapi::capabilities_client::CapabilitiesClient;
@@ -138,6 +138,11 @@ fn resource_prefix(instance: &str) -> String {
     }
 }
 
+/// The function of digests that one request is about.
+fn function_of(first: Option<&Digest>) -> DigestFunction {
+    first.map(Digest::function).unwrap_or_default()
+}
+
 fn malformed(what: impl std::fmt::Display) -> Status {
     Status::internal(format!("the backend's answer is malformed: {what}"))
 }
@@ -159,10 +164,11 @@ impl Backend for Remote {
         instance: &str,
         digests: &[Digest],
     ) -> Result<Vec<Digest>, Status> {
+        let function = function_of(digests.first());
         let message = FindMissingBlobsRequest {
             instance_name: instance.to_owned(),
             blob_digests: digests.iter().map(|digest| digest.to_proto()).collect(),
-            ..FindMissingBlobsRequest::default()
+            digest_function: function.to_proto(),
         };
         let answer = self
             .cas()
@@ -172,7 +178,7 @@ impl Backend for Remote {
             .into_inner()
             .missing_blob_digests
             .iter()
-            .map(|digest| Digest::try_from(digest).map_err(malformed))
+            .map(|digest| function.read(Some(digest)).map_err(malformed))
             .collect()
     }
 
@@ -181,9 +187,11 @@ impl Backend for Remote {
         instance: &str,
         digests: &[Digest],
     ) -> Result<Vec<(Digest, Bytes)>, Status> {
+        let function = function_of(digests.first());
         let message = BatchReadBlobsRequest {
             instance_name: instance.to_owned(),
             digests: digests.iter().map(|digest| digest.to_proto()).collect(),
+            digest_function: function.to_proto(),
             ..BatchReadBlobsRequest::default()
         };
         let answer = self.cas().batch_read_blobs(request(message, None)).await?;
@@ -192,7 +200,7 @@ impl Backend for Remote {
             let code = response.status.map_or(0, |status| status.code);
             if code == Code::Ok as i32 {
                 let digest = response.digest.as_ref();
-                let digest = crate::digest::required(digest).map_err(malformed)?;
+                let digest = function.read(digest).map_err(malformed)?;
                 blobs.push((digest, response.data));
             } else if code != Code::NotFound as i32 {
                 return Err(Status::new(
@@ -206,7 +214,7 @@ impl Backend for Remote {
 
     async fn read(&self, instance: &str, digest: Digest) -> Result<Bytes, Status> {
         let message = ReadRequest {
-            resource_name: format!("{}blobs/{digest}", resource_prefix(instance)),
+            resource_name: format!("{}blobs/{}", resource_prefix(instance), digest.resource()),
             ..ReadRequest::default()
         };
         let mut stream = self
@@ -235,7 +243,7 @@ impl Backend for Remote {
                     ..batch_update_blobs_request::Request::default()
                 })
                 .collect(),
-            ..BatchUpdateBlobsRequest::default()
+            digest_function: function_of(blobs.first().map(|(digest, _)| digest)).to_proto(),
         };
         let answer = self
             .cas()
@@ -252,9 +260,10 @@ impl Backend for Remote {
 
     async fn write(&self, instance: &str, digest: Digest, blob: Bytes) -> Result<(), Status> {
         let name = format!(
-            "{}uploads/{}/blobs/{digest}",
+            "{}uploads/{}/blobs/{}",
             resource_prefix(instance),
-            uuid::Uuid::new_v4()
+            uuid::Uuid::new_v4(),
+            digest.resource()
         );
         let chunks = blob.len().div_ceil(WRITE_CHUNK).max(1);
         let parts = (0..chunks).map(move |index| {
@@ -295,6 +304,7 @@ impl Backend for Remote {
         let message = GetActionResultRequest {
             instance_name: instance.to_owned(),
             action_digest: Some(action.to_proto()),
+            digest_function: action.function().to_proto(),
             ..GetActionResultRequest::default()
         };
         match ActionCacheClient::new(self.caller.clone())
@@ -318,6 +328,7 @@ impl Backend for Remote {
             instance_name: instance.to_owned(),
             action_digest: Some(action.to_proto()),
             action_result: Some(result),
+            digest_function: action.function().to_proto(),
             ..UpdateActionResultRequest::default()
         };
         ActionCacheClient::new(self.caller.clone())
@@ -336,6 +347,7 @@ impl Backend for Remote {
             instance_name: instance.to_owned(),
             action_digest: Some(action.to_proto()),
             execution_policy: Some(ExecutionPolicy { priority }),
+            digest_function: action.function().to_proto(),
             ..ExecuteRequest::default()
         };
         let mut grpc =

@@ -9,12 +9,12 @@ use moka::sync::Cache;
 use prost::Message;
 use tonic::Status;
 
-use super::Digest;
 use super::transfer::Cas;
+use super::{Digest, DigestFunction};
 use crate::reapi;
 
-/// Encoded bytes of directories that stay in memory.
-const CACHE_BYTES: u64 = 128 * 1024 * 1024;
+/// What directories that stay in memory take, encoded and parsed.
+const CACHE_BYTES: u64 = 256 * 1024 * 1024;
 /// A blob that may be the root of a tree is read up to this size in bytes.
 const MAX_ROOT: u64 = 1024 * 1024;
 /// No real tree is deeper; a chain that is longer is left unread below this.
@@ -35,20 +35,30 @@ pub struct Directory {
 }
 
 impl Directory {
-    /// Parses a stored directory; `None` if it is malformed.
-    pub fn parse(encoded: Bytes) -> Option<Self> {
+    /// Parses a stored directory of a tree under `function`; `None` if it is malformed.
+    pub fn parse(encoded: Bytes, function: DigestFunction) -> Option<Self> {
         let message = reapi::Directory::decode(encoded.clone()).ok()?;
         let canonical =
             message.encoded_len() == encoded.len() && message.encode_to_vec() == encoded;
         let files = message
             .files
             .into_iter()
-            .map(|file| Some((entry_name(file.name)?, entry_digest(file.digest)?)))
+            .map(|file| {
+                Some((
+                    entry_name(file.name)?,
+                    function.read(file.digest.as_ref()).ok()?,
+                ))
+            })
             .collect::<Option<_>>()?;
         let directories = message
             .directories
             .into_iter()
-            .map(|entry| Some((entry_name(entry.name)?, entry_digest(entry.digest)?)))
+            .map(|entry| {
+                Some((
+                    entry_name(entry.name)?,
+                    function.read(entry.digest.as_ref()).ok()?,
+                ))
+            })
             .collect::<Option<_>>()?;
         Some(Directory {
             encoded,
@@ -62,10 +72,6 @@ impl Directory {
 fn entry_name(name: String) -> Option<String> {
     let plain = !name.is_empty() && name != "." && name != ".." && !name.contains(['/', '\0']);
     plain.then_some(name)
-}
-
-fn entry_digest(digest: Option<reapi::Digest>) -> Option<Digest> {
-    Digest::try_from(&digest?).ok()
 }
 
 /// The path of `name` in the directory at `path`; the root's own path is empty.
@@ -122,7 +128,9 @@ pub struct DirectoryCache {
 impl Default for DirectoryCache {
     fn default() -> Self {
         let weigh = |_: &Digest, directory: &Arc<Directory>| {
-            u32::try_from(directory.encoded.len() + 256).unwrap_or(u32::MAX)
+            let entries = directory.files.len() + directory.directories.len();
+            let parsed = entries * size_of::<(String, Digest)>();
+            u32::try_from(directory.encoded.len() + parsed + 256).unwrap_or(u32::MAX)
         };
         DirectoryCache {
             parsed: Cache::builder()
@@ -155,7 +163,10 @@ impl DirectoryCache {
         let (mut roots, unknown): (Vec<_>, Vec<_>) =
             small.partition(|root| self.parsed.contains_key(root));
         let blobs = cas.fetch(instance, unknown).await?.into_iter();
-        let directories = blobs.filter(|(_, blob)| Directory::parse(blob.clone()).is_some());
+        let is_directory = |digest: &Digest, blob: &Bytes| {
+            Directory::parse(blob.clone(), digest.function()).is_some()
+        };
+        let directories = blobs.filter(|(digest, blob)| is_directory(digest, blob));
         roots.extend(directories.map(|(root, _)| root));
         roots.sort_unstable();
         roots.dedup();
@@ -192,7 +203,7 @@ impl DirectoryCache {
                 }
             }
             for (digest, blob) in cas.fetch(instance, absent).await? {
-                let Some(directory) = Directory::parse(blob) else {
+                let Some(directory) = Directory::parse(blob, digest.function()) else {
                     tracing::warn!(%digest, "a directory is malformed; actions that hold it are left alone");
                     continue;
                 };
@@ -308,7 +319,10 @@ mod tests {
                     ..reapi::FileNode::default()
                 }));
             let (digest, encoded) = Digest::of_message(&message);
-            trees.insert(digest, Arc::new(Directory::parse(encoded).unwrap()));
+            trees.insert(
+                digest,
+                Arc::new(Directory::parse(encoded, digest.function()).unwrap()),
+            );
             digest
         };
         let leaf = add(&["wanted", "x"], &[]);
@@ -325,8 +339,16 @@ mod tests {
     #[test]
     fn a_directory_with_unknown_fields_is_known_for_one_that_must_not_be_rewritten() {
         let plain = directory(&[("a", Digest::of(b"x"))]);
-        assert!(Directory::parse(plain.clone()).unwrap().canonical);
+        assert!(
+            Directory::parse(plain.clone(), DigestFunction::Sha256)
+                .unwrap()
+                .canonical
+        );
         let odd = [plain.as_ref(), &[0xf8, 0x3f, 1]].concat(); // field 1023
-        assert!(!Directory::parse(odd.into()).unwrap().canonical);
+        assert!(
+            !Directory::parse(odd.into(), DigestFunction::Sha256)
+                .unwrap()
+                .canonical
+        );
     }
 }

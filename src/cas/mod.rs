@@ -6,4 +6,4 @@ pub mod directories;
 pub(crate) mod memory;
 pub mod transfer;
 
-pub use crate::digest::{self, Digest};
+pub use crate::digest::{Digest, DigestFunction};

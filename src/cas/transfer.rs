@@ -51,16 +51,22 @@ impl Cas {
         let mut blobs = HashMap::new();
         let mut wanted: HashSet<Digest> = digests.into_iter().collect();
         wanted.retain(|digest| digest.size() <= MAX_FETCH);
-        if wanted.remove(&Digest::of(b"")) {
-            blobs.insert(Digest::of(b""), Bytes::new());
-        }
-        let (small, large): (Vec<_>, Vec<_>) = wanted
+        let is_empty = |digest: &Digest| digest.size() == 0 && *digest == digest.function().of(b"");
+        blobs.extend(
+            wanted
+                .extract_if(is_empty)
+                .map(|empty| (empty, Bytes::new())),
+        );
+        let (mut small, large): (Vec<_>, Vec<_>) = wanted
             .into_iter()
             .partition(|digest| digest.size() + BLOB_OVERHEAD <= limit);
-        let sizes = small.iter().map(|digest| digest.size());
-        for range in batches(sizes, limit) {
-            for (digest, blob) in self.backend.read_batch(instance, &small[range]).await? {
-                keep_verified(&mut blobs, digest, blob);
+        small.sort_unstable_by_key(Digest::function);
+        for small in small.chunk_by(|one, other| one.function() == other.function()) {
+            let sizes = small.iter().map(Digest::size);
+            for range in batches(sizes, limit) {
+                for (digest, blob) in self.backend.read_batch(instance, &small[range]).await? {
+                    keep_verified(&mut blobs, digest, blob);
+                }
             }
         }
         for digest in large {
@@ -82,12 +88,15 @@ impl Cas {
         instance: &str,
         blobs: &HashMap<Digest, Bytes>,
     ) -> Result<(), Status> {
-        let digests: Vec<Digest> = blobs.keys().copied().collect();
+        let mut digests: Vec<Digest> = blobs.keys().copied().collect();
+        digests.sort_unstable_by_key(Digest::function);
         let mut missing = Vec::new();
-        for chunk in digests.chunks(FIND_MISSING_CHUNK) {
-            for digest in self.backend.find_missing(instance, chunk).await? {
-                if let Some(blob) = blobs.get(&digest) {
-                    missing.push((digest, blob.clone()));
+        for digests in digests.chunk_by(|one, other| one.function() == other.function()) {
+            for chunk in digests.chunks(FIND_MISSING_CHUNK) {
+                for digest in self.backend.find_missing(instance, chunk).await? {
+                    if let Some(blob) = blobs.get(&digest) {
+                        missing.push((digest, blob.clone()));
+                    }
                 }
             }
         }
@@ -98,9 +107,11 @@ impl Cas {
         let (small, large): (Vec<_>, Vec<_>) = missing
             .into_iter()
             .partition(|(digest, _)| digest.size() + BLOB_OVERHEAD <= limit);
-        let sizes = small.iter().map(|(digest, _)| digest.size());
-        for range in batches(sizes, limit) {
-            self.backend.write_batch(instance, &small[range]).await?;
+        for small in small.chunk_by(|(one, _), (other, _)| one.function() == other.function()) {
+            let sizes = small.iter().map(|(digest, _)| digest.size());
+            for range in batches(sizes, limit) {
+                self.backend.write_batch(instance, &small[range]).await?;
+            }
         }
         for (digest, blob) in large {
             self.backend.write(instance, digest, blob).await?;
@@ -128,7 +139,7 @@ impl Cas {
 }
 
 fn keep_verified(blobs: &mut HashMap<Digest, Bytes>, digest: Digest, blob: Bytes) {
-    if Digest::of(&blob) == digest {
+    if digest.function().of(&blob) == digest {
         blobs.insert(digest, blob);
     } else {
         tracing::warn!(%digest, "the backend returned a blob that does not match its digest");

@@ -90,10 +90,14 @@ fn list(listed: &[Listed]) -> String {
             "" => String::new(),
             named => format!(" (instance {named})"),
         };
+        let function = match parent.digest_function.as_str() {
+            "" | "SHA256" => String::new(),
+            named => format!(" ({named})"),
+        };
         // Writing to a string cannot fail.
         let _ = writeln!(
             text,
-            "{} {:>6}  {}{instance}",
+            "{} {:>6}  {}{instance}{function}",
             parent.weak_key, parent.actions, parent.label
         );
     }

@@ -39,7 +39,7 @@ async fn hit(call: &mut Call, action: Digest) -> Option<FlightKey> {
     let message = call.first_message(MAX_OBSERVED_REQUEST).await?;
     let request = FindMissingBlobsRequest::decode(message).ok()?;
     let mut asked = request.blob_digests.iter();
-    let uploads = asked.any(|digest| Digest::try_from(digest) == Ok(action));
+    let uploads = asked.any(|digest| action.function().read(Some(digest)) == Ok(action));
     (!uploads).then(|| FlightKey {
         instance: request.instance_name.into(),
         action,

@@ -29,10 +29,10 @@ use prost::Message;
 use crate::backend::exchange::Answer;
 use crate::backend::remote::REQUEST_METADATA_KEY;
 use crate::backend::upstream::{Head, Upstream, UpstreamError};
-use crate::cas::Digest;
+use crate::cas::DigestFunction;
 use crate::grpc::{self, Framed, joined, split_message};
 use crate::http2::body::Body;
-use crate::reapi::{self, digest_function};
+use crate::reapi::{self, digest_function::Value};
 use crate::speculation::Engine;
 use crate::speculation::flights::FlightKey;
 use crate::speculation::observation::{Call as Observed, CallOrigin};
@@ -245,7 +245,7 @@ impl Call {
 enum Asked {
     /// Something about this action.
     About(FlightKey),
-    /// Something that primed leaves alone: `skip_cache_lookup`, or another digest function.
+    /// Something that primed leaves alone: `skip_cache_lookup`, or a digest function that it cannot compute.
     LeftAlone,
 }
 
@@ -272,18 +272,15 @@ async fn asked<M: Message + Default>(
     }))
 }
 
-/// The asked-for action under its instance; `None` if the digest is malformed. Only SHA-256, named
-/// or not, is primed's business.
+/// The asked-for action under its instance; `None` if the digest is malformed.
 fn about(instance: String, digest: Option<reapi::Digest>, digest_function: i32) -> Option<Asked> {
-    let (unknown, sha256) = (
-        digest_function::Value::Unknown as i32,
-        digest_function::Value::Sha256 as i32,
-    );
-    if digest_function != unknown && digest_function != sha256 {
-        return Some(Asked::LeftAlone);
-    }
+    let digest = digest?;
+    let Some(function) = DigestFunction::of_request(digest_function, &digest) else {
+        let is_named = digest_function != Value::Unknown as i32;
+        return is_named.then_some(Asked::LeftAlone);
+    };
     Some(Asked::About(FlightKey {
         instance: instance.into(),
-        action: Digest::try_from(&digest?).ok()?,
+        action: function.read(Some(&digest)).ok()?,
     }))
 }

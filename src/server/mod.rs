@@ -45,6 +45,10 @@ const FINISH: Duration = Duration::from_secs(10);
 /// How long to leave a listener alone that cannot accept, for want of descriptors say.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
 
+/// Stack of the threads that adapt recorded actions, in bytes: they go down trees by recursion, as
+/// deep as 256 directories, which takes more than 2 MiB where the compiler does not optimise.
+const PLANNING_STACK: usize = 8 * 1024 * 1024;
+
 /// How many commands may ask the admin socket at once.
 const MAX_ADMIN_CONNECTIONS: usize = 256;
 
@@ -225,6 +229,7 @@ impl EngineThread {
     ) -> Result<Self, ServerError> {
         let runtime = tokio::runtime::Builder::new_current_thread()
             .enable_all()
+            .thread_stack_size(PLANNING_STACK)
             .build()?;
         let (stop, stopped) = oneshot::channel();
         let (started, ready) = oneshot::channel();

@@ -17,7 +17,6 @@ use super::record::{Subaction, record};
 use super::recorder::{self, Recorded};
 use super::store::{Store, StoreError};
 use super::workshop::Workshop;
-use crate::cas::digest::required;
 use crate::clock;
 use crate::reapi::ActionResult;
 use crate::reapi::buildstream::v2::SpeculativeActions;
@@ -83,6 +82,8 @@ pub struct Listed {
     pub label: String,
     /// REAPI's instance name, of its actions.
     pub instance: String,
+    /// REAPI's name of their digest function.
+    pub digest_function: String,
     /// How many base actions are recorded of it.
     pub actions: usize,
     /// Whether all there is of it is a message that waits for its first build.
@@ -110,6 +111,7 @@ pub fn list(store: &Store) -> Result<Vec<Listed>, ArchiveError> {
         weak_key: key.to_string(),
         label: "imported; used from its first recorded build on".to_owned(),
         instance: String::new(),
+        digest_function: String::new(),
         actions: 0,
         waits: true,
     });
@@ -119,6 +121,7 @@ pub fn list(store: &Store) -> Result<Vec<Listed>, ArchiveError> {
             weak_key: known.key.to_string(),
             label: known.identity.label(),
             instance: known.identity.instance.to_string(),
+            digest_function: known.identity.digest_function.to_string(),
             actions: store.actions_of(known.key)?,
             waits: false,
         });
@@ -377,9 +380,10 @@ async fn adopt(
     let instance = parent.identity.instance.clone();
     let bases = parent.actions.values();
     let first = bases.map(|base| base.order + 1).max().unwrap_or_default();
+    let function = parent.identity.digest_function;
     let mut subactions = Vec::new();
     for (order, action) in (first..).zip(&message.actions) {
-        let Ok(action) = required(action.base_action_digest.as_ref()) else {
+        let Ok(action) = function.read(action.base_action_digest.as_ref()) else {
             continue;
         };
         let result = workshop.backend.action_result(&instance, action).await;

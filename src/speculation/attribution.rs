@@ -23,7 +23,6 @@ use super::schedule::Outputs;
 use super::texts::{parent_key, runs_actions, texts_of};
 use super::workshop::Workshop;
 use crate::cas::Digest;
-use crate::cas::digest::required;
 use crate::cas::directories::Trees;
 use crate::reapi::{Action, ActionResult, Command};
 use crate::task;
@@ -284,7 +283,7 @@ impl Attribution {
         stored: &Stored,
         executes: bool,
     ) -> Option<FoundParent> {
-        let parts = action_parts(&stored.encoded).ok()?;
+        let parts = action_parts(&stored.encoded, key.action.function()).ok()?;
         // Newer clients put the platform into the action, and need not be asked for the command.
         if stored.action.platform.is_some() && !runs_actions(&stored.action, &Command::default()) {
             return None;
@@ -317,11 +316,11 @@ impl Attribution {
             executes,
             identity: ActionParent {
                 instance: key.instance.clone(),
-                key: parent_key(&stored.action, &command),
+                key: parent_key(&stored.action, &command, key.action.function()),
                 name: name_of(&command),
             },
             input_root: parts.input_root,
-            texts: texts_of(&stored.action, &command),
+            texts: texts_of(&stored.action, &command, key.action.function()),
         })
     }
 
@@ -344,7 +343,8 @@ impl Attribution {
         if self.open.is_empty() {
             return None;
         }
-        let root = required(stored.action.input_root_digest.as_ref()).ok()?;
+        let root = stored.action.input_root_digest.as_ref();
+        let root = key.action.function().read(root).ok()?;
         let trees = self.trees(key, root).await.ok()?;
         let directories = trees.values();
         let files: HashSet<(&str, Digest)> = directories
@@ -403,10 +403,12 @@ impl Attribution {
     ) -> Option<Outputs> {
         let mut own = result.clone();
         let directories = std::mem::take(&mut own.output_directories);
-        let files = output_files(&self.workshop, &key.instance, &open.working_directory, &own);
+        let (workshop, function) = (&self.workshop, key.action.function());
+        let place = &open.working_directory;
+        let files = output_files(workshop, &key.instance, function, place, &own);
         let mut files = files.await.ok()?;
         for directory in &directories {
-            let files_in = files_in(&self.workshop, &key.instance, directory);
+            let files_in = files_in(workshop, &key.instance, function, directory);
             files.extend(files_in.await.ok()?);
         }
         files.sort_unstable();

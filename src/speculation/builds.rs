@@ -156,7 +156,7 @@ impl Build {
                 Some(_) => "action",
                 None => "invocation",
             },
-            label: self.caller.parent(&"".into()).label(),
+            label: self.caller.label(),
             started_unix_ms: self.started_unix_ms,
             ended_unix_ms: self.ended_unix_ms,
             asked: self.tally.all(),

@@ -11,6 +11,7 @@ use http::HeaderValue;
 use super::flights::FlightKey;
 use super::observation::CallOrigin;
 use super::parent::{ActionParent, ParentIdentity, ParentKind};
+use crate::cas::DigestFunction;
 use crate::reapi::RequestMetadata;
 use crate::workspace::peer::{Peer, PeerOrigin};
 use crate::workspace::process::{Lineage, Process, Seen};
@@ -138,10 +139,16 @@ impl Caller {
             && (project_root.is_some() || self.tool == *tool)
     }
 
-    /// The parent that calls of this client under `instance` belong to.
-    pub fn parent(&self, instance: &Arc<str>) -> ParentIdentity {
+    /// For people: what its parents are called.
+    pub fn label(&self) -> String {
+        self.parent(&"".into(), DigestFunction::default()).label()
+    }
+
+    /// The parent that calls of this client under `instance` and `digest_function` belong to.
+    pub fn parent(&self, instance: &Arc<str>, digest_function: DigestFunction) -> ParentIdentity {
         ParentIdentity {
             instance: instance.clone(),
+            digest_function,
             uid: self.uid,
             kind: match &self.action {
                 Some(action) => ParentKind::Action(action.clone()),
@@ -285,6 +292,8 @@ mod tests {
     use base64::Engine as _;
     use base64::engine::general_purpose::STANDARD_NO_PAD;
 
+    const SHA256: DigestFunction = DigestFunction::Sha256;
+
     fn tcp_peer(address: &str) -> Peer {
         Peer::new(PeerOrigin::Tcp(address.parse().unwrap()))
     }
@@ -314,7 +323,7 @@ mod tests {
         let peer = tcp_peer("127.0.0.1:4000");
         let id = format!("here:{}", std::process::id());
         let caller = Caller::identify(&peer, invoked_as(&id), "here");
-        let parent = caller.parent(&"".into());
+        let parent = caller.parent(&"".into(), SHA256);
         assert!(caller.works_on(&parent));
         let invocation = |root: Option<&Path>, tool: &str| ParentIdentity {
             kind: ParentKind::Invocation {
@@ -345,14 +354,14 @@ mod tests {
             });
             Caller::identify(&tcp_peer("192.0.2.1:4000"), metadata, "here")
         };
-        let parent = caller("recc").parent(&"".into());
+        let parent = caller("recc").parent(&"".into(), SHA256);
         assert!(caller("recc").works_on(&parent));
         assert!(!caller("bazel").works_on(&parent));
         let peer = tcp_peer("127.0.0.1:4000");
         let seen = invoked_as(&format!("here:{}", std::process::id()));
         let seen = Caller::identify(&peer, seen, "here");
         assert!(!seen.works_on(&parent));
-        assert!(!caller(&seen.tool).works_on(&seen.parent(&"".into())));
+        assert!(!caller(&seen.tool).works_on(&seen.parent(&"".into(), SHA256)));
     }
 
     #[test]

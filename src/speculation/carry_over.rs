@@ -81,7 +81,11 @@ pub async fn carry_over(
             }
         };
         let outputs = match &result {
-            Some(result) => Some(output_files(workshop, &instance, &directory, result).await?),
+            Some(result) => {
+                let function = key.action.function();
+                let outputs = output_files(workshop, &instance, function, &directory, result);
+                Some(outputs.await?)
+            }
             None => None,
         };
         if let Some(result) = result.filter(|_| !asked.contains_key(&key)) {

@@ -19,8 +19,8 @@ use prost::Message;
 
 use super::known::{find_directory, find_file};
 use super::parent::{BaseAction, WeakKey};
-use crate::cas::Digest;
 use crate::cas::directories::{Directory, Trees, child_path};
+use crate::cas::{Digest, DigestFunction};
 use crate::reapi::{self, FileNode, NodeProperties, SymlinkNode};
 
 /// A tree that differs in more entries than this is another one, and teaches nothing.
@@ -61,6 +61,8 @@ pub struct Edit {
     pub vanished: BTreeMap<String, Entry>,
     /// Entries, by path, that only the new tree has.
     pub appeared: BTreeMap<String, Entry>,
+    /// Of which the digests of both trees are.
+    pub digest_function: DigestFunction,
 }
 
 impl Edit {
@@ -69,7 +71,10 @@ impl Edit {
     pub fn between(old: Digest, new: Digest, trees: &Trees) -> Option<Self> {
         let mut comparison = Comparison {
             trees,
-            edit: Edit::default(),
+            edit: Edit {
+                digest_function: old.function(),
+                ..Edit::default()
+            },
             has_common: old == new,
             seen: 0,
         };
@@ -99,7 +104,7 @@ impl Edit {
             .filter_map(|(path, entry)| match entry {
                 Entry::File(file) => Some(OldFile {
                     path: path.clone(),
-                    digest: digest_of(file)?,
+                    digest: digest_of(file, self.digest_function)?,
                 }),
                 _ => None,
             });
@@ -107,8 +112,8 @@ impl Edit {
     }
 }
 
-fn digest_of(file: &FileNode) -> Option<Digest> {
-    Digest::try_from(file.digest.as_ref()?).ok()
+fn digest_of(file: &FileNode, function: DigestFunction) -> Option<Digest> {
+    function.read(file.digest.as_ref()).ok()
 }
 
 struct Comparison<'a> {
@@ -155,8 +160,9 @@ impl Comparison<'_> {
     }
 
     fn replace(&mut self, path: String, old: &Entry, new: &Entry) {
+        let function = self.edit.digest_function;
         if let (Entry::File(old), Entry::File(new)) = (old, new)
-            && let (Some(digest), Some(now)) = (digest_of(old), digest_of(new))
+            && let (Some(digest), Some(now)) = (digest_of(old, function), digest_of(new, function))
         {
             self.has_common = true;
             let otherwise_equal = FileNode {
@@ -670,7 +676,10 @@ mod tests {
             .symlinks
             .sort_by(|one, other| one.name.cmp(&other.name));
         let (digest, encoded) = Digest::of_message(&message);
-        trees.insert(digest, Arc::new(Directory::parse(encoded).unwrap()));
+        trees.insert(
+            digest,
+            Arc::new(Directory::parse(encoded, digest.function()).unwrap()),
+        );
         digest
     }
 
@@ -761,7 +770,7 @@ mod tests {
         let mut flat = tree.clone();
         for (old, now) in &edit.changed {
             if let Some(Entry::File(file)) = flat.get_mut(&old.path)
-                && digest_of(file) == Some(old.digest)
+                && digest_of(file, old.digest.function()) == Some(old.digest)
             {
                 file.digest = Some(now.to_proto());
             }
@@ -860,7 +869,7 @@ mod tests {
             };
             match instantiator.instantiate(&task).unwrap() {
                 Instantiation::Unchanged => None,
-                Instantiation::Adapted(adapted) => Some(adapted),
+                Instantiation::Adapted(adapted) => Some(*adapted),
                 waits => panic!("for whom? {waits:?}"),
             }
         }
@@ -1036,7 +1045,10 @@ mod tests {
                     directories: directories.into(),
                     ..reapi::Directory::default()
                 });
-                trees.insert(digest, Arc::new(Directory::parse(encoded).unwrap()));
+                trees.insert(
+                    digest,
+                    Arc::new(Directory::parse(encoded, digest.function()).unwrap()),
+                );
                 digest
             })
         };
@@ -1050,7 +1062,10 @@ mod tests {
         let old = encode(&files(&[("a.h", "a"), ("b.h", "b")]), &mut trees);
         let odd = [trees[&old].encoded.as_ref(), &[0xf8, 0x3f, 1]].concat(); // field 1023
         let new = Digest::of(&odd);
-        trees.insert(new, Arc::new(Directory::parse(odd.into()).unwrap()));
+        trees.insert(
+            new,
+            Arc::new(Directory::parse(odd.into(), new.function()).unwrap()),
+        );
         assert_eq!(Edit::between(old, new, &trees), None);
     }
 

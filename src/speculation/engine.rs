@@ -296,7 +296,11 @@ impl State {
             }
             Observation::Executing { origin, key } => {
                 self.nested.ask(&origin, &key, true);
-                let parent = self.build_of(&origin).caller.parent(&key.instance);
+                let function = key.action.function();
+                let parent = self
+                    .build_of(&origin)
+                    .caller
+                    .parent(&key.instance, function);
                 let own = Group::Invocation(parent.weak_key());
                 let open = self.nested.open().map(|(_, open)| &open.group);
                 for group in open.chain([&own]) {
@@ -312,9 +316,11 @@ impl State {
                     self.nested.ask(&origin, &key, false);
                 }
                 let build = self.build_of(&origin);
-                let (number, parent) = (build.number, build.caller.parent(&key.instance));
+                let function = key.action.function();
+                let parent = build.caller.parent(&key.instance, function);
+                let number = build.number;
                 let own = Group::Invocation(parent.weak_key());
-                self.look_for_shared(parent, number);
+                self.begin_asked(parent, number);
                 let open = self.nested.open().map(|(_, open)| &open.group);
                 let (asked, reply) = (Instant::now(), Arc::new(reply));
                 for group in open.chain([&own]) {
@@ -355,13 +361,18 @@ impl State {
     fn begin(&mut self, caller: &Caller) {
         self.builds += 1;
         let number = self.builds;
-        tracing::debug!(build = caller.parent(&"".into()).label(), "a build begins");
+        tracing::debug!(build = caller.label(), "a build begins");
         if let BuildKey::Process(process) = &caller.key {
             self.watch(process, &caller.key);
         }
         let known = self.parents.values();
         let known = known.filter(|known| caller.works_on(&known.identity));
-        for known in known {
+        // Until a call says otherwise, the client hashes as it did last.
+        let latest = known.clone().filter(|one| {
+            let mut others = known.clone();
+            !others.any(|other| other.is_rehashed(one))
+        });
+        for known in latest {
             let workshop = &self.workshop;
             self.primings
                 .entry(Group::Invocation(known.key))
@@ -370,15 +381,19 @@ impl State {
         }
     }
 
-    /// Has a build of which nothing is recorded here primed by what others have shared.
-    fn look_for_shared(&mut self, parent: ParentIdentity, build: u64) {
+    /// Has a build primed that asks for something of this parent, if that was not foreseen when it
+    /// began; by what others have shared, if nothing is recorded here.
+    fn begin_asked(&mut self, parent: ParentIdentity, build: u64) {
         let key = parent.weak_key();
-        if self.workshop.sharing.is_none() || self.parents.contains_key(&key) {
+        let is_recorded = self.parents.contains_key(&key);
+        if self.workshop.sharing.is_none() && !is_recorded {
             return;
         }
         if let Entry::Vacant(new) = self.primings.entry(Group::Invocation(key)) {
             let priming = Priming::start(new.key(), self.workshop.clone());
-            priming.tell(Message::Unrecorded(Box::new(parent)));
+            if !is_recorded {
+                priming.tell(Message::Unrecorded(Box::new(parent)));
+            }
             priming.tell(Message::Begin(build));
             new.insert(priming);
         }
@@ -506,7 +521,10 @@ impl State {
         if call.joined.is_none() {
             let group = match parent.and_then(|parent| self.nested.group(parent)) {
                 Some(group) => group.clone(),
-                None => Group::Invocation(caller.parent(&call.key.instance).weak_key()),
+                None => {
+                    let function = call.key.action.function();
+                    Group::Invocation(caller.parent(&call.key.instance, function).weak_key())
+                }
             };
             if let Some(priming) = self.primings.get(&group) {
                 let key = call.key;
@@ -554,10 +572,11 @@ impl State {
         } = found;
         let caller = self.build_of(&origin).caller.clone();
         let caller = caller.nested_in(key.clone(), identity.clone());
-        let asked = caller.parent(&identity.instance);
+        let asked = caller.parent(&identity.instance, key.action.function());
         let family = Family::of(&identity, caller.uid, &self.parents);
         let group = Group::Actions {
             instance: identity.instance.clone(),
+            digest_function: key.action.function(),
             uid: caller.uid,
         };
         let mut number = None;
@@ -651,6 +670,7 @@ impl State {
             key,
             identity: recorded.parent.identity.clone(),
             dependencies: recorded.parent.dependencies(),
+            last_seen_unix_ms: recorded.parent.last_seen_unix_ms,
         };
         self.parents.insert(key, known);
         if let Some((key, digests)) = subactions::recorded(&recorded.parent) {
@@ -675,10 +695,7 @@ impl State {
             return;
         };
         self.callers.forget_build(key);
-        tracing::debug!(
-            build = build.caller.parent(&"".into()).label(),
-            "a build has ended"
-        );
+        tracing::debug!(build = build.caller.label(), "a build has ended");
         let subactions = build.end(clock::now_unix_ms());
         let (known, open) = (&self.parents, &self.open);
         self.primings.retain(|group, _| match group {
@@ -720,6 +737,7 @@ impl State {
             (ParentKind::Action(action), Some(own)) => {
                 known.identity.uid == caller.uid
                     && action.instance == own.instance
+                    && action.key.function() == own.key.function()
                     && action.name != own.name
             }
             _ => false,

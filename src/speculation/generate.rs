@@ -20,8 +20,8 @@ use std::sync::Arc;
 use super::instantiate::MAX_PLACES;
 use super::parent::{BaseAction, Origin, OverlayTable, Parent, WeakKey};
 use super::resolve::roots;
-use crate::cas::Digest;
 use crate::cas::directories::{Holders, Trees, child_path};
+use crate::cas::{Digest, DigestFunction};
 use crate::config::Mode;
 use crate::workspace::index::FileIndex;
 
@@ -344,7 +344,7 @@ impl Generation<'_> {
         let mut found = None;
         for root in roots(base) {
             let place = root.join(path);
-            let Some(digest) = self.on_disk(&place) else {
+            let Some(digest) = self.on_disk(&place, target.function()) else {
                 continue;
             };
             let file = SourceFile {
@@ -364,11 +364,12 @@ impl Generation<'_> {
 
     /// The digest of the file at `place`, if there is one. It is hashed on this occasion, so that
     /// the next build need only look at its metadata.
-    fn on_disk(&mut self, place: &Path) -> Option<Digest> {
+    fn on_disk(&mut self, place: &Path, function: DigestFunction) -> Option<Digest> {
         if let Some(known) = self.on_disk.get(place) {
             return *known;
         }
-        let digest = self.index.and_then(|index| index.digest(place).ok());
+        let index = self.index;
+        let digest = index.and_then(|index| index.digest(place, function).ok());
         self.on_disk.insert(place.to_owned(), digest);
         digest
     }
@@ -404,7 +405,10 @@ mod tests {
             ..reapi::Directory::default()
         };
         let (digest, encoded) = Digest::of_message(&message);
-        trees.insert(digest, Arc::new(Directory::parse(encoded).unwrap()));
+        trees.insert(
+            digest,
+            Arc::new(Directory::parse(encoded, digest.function()).unwrap()),
+        );
         digest
     }
 
@@ -484,6 +488,7 @@ mod tests {
     ) -> Parent {
         let mut parent = Parent::new(ParentIdentity {
             instance: "".into(),
+            digest_function: DigestFunction::Sha256,
             uid: None,
             kind: ParentKind::Action(ActionParent {
                 instance: "".into(),

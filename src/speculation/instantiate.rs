@@ -108,7 +108,7 @@ pub enum Instantiation {
     /// Nothing that it reads has changed.
     Unchanged,
     /// It is to be executed anew.
-    Adapted(Adapted),
+    Adapted(Box<Adapted>),
     /// Some of its inputs come from actions that are not done: these.
     Waits(Arc<[Node]>),
     /// What it is to be will be known when a parent has been asked for, or has ended.
@@ -290,7 +290,8 @@ impl Instantiator {
         } else if texts.unforeseen {
             Ok(Instantiation::Awaits)
         } else {
-            adapted(task, tree, texts).map(Instantiation::Adapted)
+            let adapted = adapted(task, tree, texts)?;
+            Ok(Instantiation::Adapted(Box::new(adapted)))
         }
     }
 
@@ -510,7 +511,7 @@ impl Instantiator {
         if is_empty && !revision.stands && !spot.path.is_empty() {
             return Ok(Rewritten::Gone);
         }
-        let (new, encoded) = Digest::of_message(&message);
+        let (new, encoded) = task.base.digest.function().of_message(&message);
         if Some(new) == digest {
             return Ok(Rewritten::Same);
         }
@@ -541,6 +542,7 @@ fn adapted<O>(
     if let Some(tree) = &tree {
         action.input_root_digest = Some(tree.digest.to_proto());
     }
+    let function = task.base.digest.function();
     let command = match new.replacements.is_empty() {
         true => None,
         false => {
@@ -550,13 +552,13 @@ fn adapted<O>(
             if command.encode_to_vec() != *encoded {
                 return Err(not_canonical());
             }
-            texts::replace(&mut action, &mut command, &new.replacements);
-            let (digest, encoded) = Digest::of_message(&command);
+            texts::replace(&mut action, &mut command, function, &new.replacements);
+            let (digest, encoded) = function.of_message(&command);
             action.command_digest = Some(digest.to_proto());
             Some((digest, encoded))
         }
     };
-    let (action, encoded) = Digest::of_message(&action);
+    let (action, encoded) = function.of_message(&action);
     Ok(Adapted {
         action,
         encoded,
@@ -806,7 +808,10 @@ mod tests {
                 });
             }
             let (digest, encoded) = Digest::of_message(&message);
-            trees.insert(digest, Arc::new(Directory::parse(encoded).unwrap()));
+            trees.insert(
+                digest,
+                Arc::new(Directory::parse(encoded, digest.function()).unwrap()),
+            );
             digest
         }
     }
@@ -1018,7 +1023,10 @@ mod tests {
                 directories: directories.into(),
                 ..reapi::Directory::default()
             });
-            trees.insert(digest, Arc::new(Directory::parse(encoded).unwrap()));
+            trees.insert(
+                digest,
+                Arc::new(Directory::parse(encoded, digest.function()).unwrap()),
+            );
             root = digest;
         }
         let answer = instantiate(

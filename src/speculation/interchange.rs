@@ -17,7 +17,6 @@ use super::parent::{BaseAction, Origin, Parent, ParentKind, WeakKey};
 use super::record::normalized;
 use super::store::{KnownParent, base_action, parent_of, stored_action, stored_parent};
 use crate::cas::Digest;
-use crate::cas::digest::required;
 use crate::cas::directories::Trees;
 use crate::reapi::buildstream::v2::SpeculativeActions;
 use crate::reapi::buildstream::v2::speculative_actions::overlay::OverlayType;
@@ -45,7 +44,7 @@ pub enum Malformed {
     #[error("it holds no actions: it is empty, or no buildstream.v2.SpeculativeActions")]
     Empty,
     /// A digest in it is none.
-    #[error("it holds {0} without a SHA-256 digest")]
+    #[error("it holds {0} without a digest of a digest function that primed knows")]
     Digest(&'static str),
     /// primed's own part of it is damaged.
     #[error("primed's own part of it is malformed: {0}")]
@@ -189,14 +188,20 @@ pub fn read(encoded: Bytes) -> Result<Interchange, Malformed> {
     if message.actions.is_empty() && message.artifact_overlays.is_empty() {
         return Err(Malformed::Empty);
     }
+    // Of which function they are is known when it is known which parent this is about.
+    let is_digest = |digest: Option<&_>| digest.is_some_and(|it| Digest::try_from(it).is_ok());
     for action in &message.actions {
-        required(action.base_action_digest.as_ref()).map_err(|_| Malformed::Digest("an action"))?;
+        if !is_digest(action.base_action_digest.as_ref()) {
+            return Err(Malformed::Digest("an action"));
+        }
     }
     for overlay in overlays(&message) {
-        required(overlay.target_digest.as_ref()).map_err(|_| Malformed::Digest("an overlay"))?;
-        if overlay.r#type() == OverlayType::Action {
-            required(overlay.source_action_digest.as_ref())
-                .map_err(|_| Malformed::Digest("an ACTION overlay"))?;
+        if !is_digest(overlay.target_digest.as_ref()) {
+            return Err(Malformed::Digest("an overlay"));
+        }
+        let is_of_action = overlay.r#type() == OverlayType::Action;
+        if is_of_action && !is_digest(overlay.source_action_digest.as_ref()) {
+            return Err(Malformed::Digest("an ACTION overlay"));
         }
     }
     Ok(Interchange::Foreign(message))
@@ -210,9 +215,11 @@ fn own_records(message: &SpeculativeActions) -> Result<Parent, Malformed> {
     if records.actions.len() != message.actions.len() {
         return Err(Malformed::Records("it is about another number of actions"));
     }
+    let function = parent.identity.digest_function;
     for (stored, named) in records.actions.into_iter().zip(&message.actions) {
-        let (key, base) = base_action(stored).ok_or(Malformed::Records("an action is broken"))?;
-        if required(named.base_action_digest.as_ref()) != Ok(base.digest) {
+        let base = base_action(stored, function);
+        let (key, base) = base.ok_or(Malformed::Records("an action is broken"))?;
+        if function.read(named.base_action_digest.as_ref()) != Ok(base.digest) {
             return Err(Malformed::Records("an action has another digest"));
         }
         if parent.actions.insert(key, Arc::new(base)).is_some() {
@@ -379,7 +386,8 @@ impl<'a> Words<'a> {
     /// What an overlay that others wrote says in primed's words; nothing if it names a parent that
     /// nothing is known of.
     fn origins(&self, overlay: &Overlay) -> Vec<(Digest, Origin)> {
-        let Ok(target) = required(overlay.target_digest.as_ref()) else {
+        let function = self.parent.identity.digest_function;
+        let Ok(target) = function.read(overlay.target_digest.as_ref()) else {
             return Vec::new();
         };
         let element = overlay.source_element.as_str();
@@ -403,7 +411,8 @@ impl<'a> Words<'a> {
                     }
                 },
                 OverlayType::Action => {
-                    let action = required(overlay.source_action_digest.as_ref()).ok()?;
+                    let action = overlay.source_action_digest.as_ref();
+                    let action = function.read(action).ok()?;
                     let action = *self.recorded_as.get(&action).unwrap_or(&action);
                     let directory = self.directories.get(&action).copied().unwrap_or_default();
                     let path = normalized(directory, path)?;
@@ -426,10 +435,11 @@ impl<'a> Words<'a> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::cas::DigestFunction;
     use crate::cas::directories::Directory;
     use crate::reapi;
     use crate::speculation::parent::{
-        ActionParent, ExecutedParent, OverlayTable, ParentIdentity, SubactionKey, action_parts,
+        ActionParent, ExecutedParent, OverlayTable, ParentIdentity, SubactionKey,
     };
     use std::path::PathBuf;
     use std::time::Duration;
@@ -438,9 +448,12 @@ mod tests {
         Digest::of(text.as_bytes())
     }
 
+    const SHA256: DigestFunction = DigestFunction::Sha256;
+
     fn base(command: &str, input_root: Digest) -> BaseAction {
-        let (digest, encoded) = Digest::of_message(&reapi::Action {
-            command_digest: Some(digest(command).to_proto()),
+        let function = input_root.function();
+        let (digest, encoded) = function.of_message(&reapi::Action {
+            command_digest: Some(function.of(command.as_bytes()).to_proto()),
             input_root_digest: Some(input_root.to_proto()),
             ..reapi::Action::default()
         });
@@ -461,7 +474,7 @@ mod tests {
 
     fn insert(parent: &mut Parent, base: BaseAction) {
         let key = SubactionKey {
-            action_key: action_parts(&base.encoded).unwrap().action_key,
+            action_key: base.parts().unwrap().action_key,
             mount: base.mount.clone(),
         };
         parent.actions.insert(key, Arc::new(base));
@@ -470,6 +483,7 @@ mod tests {
     fn element(name: &str) -> ParentIdentity {
         ParentIdentity {
             instance: "nested".into(),
+            digest_function: SHA256,
             uid: None,
             kind: ParentKind::Action(ActionParent {
                 instance: "".into(),
@@ -484,13 +498,21 @@ mod tests {
             key: identity.weak_key(),
             identity,
             dependencies: HashSet::new(),
+            last_seen_unix_ms: 0,
         }
     }
 
-    /// Anything that can be recorded, drawn at random.
-    struct Random(fastrand::Rng);
+    /// Anything that can be recorded under a digest function, drawn at random.
+    struct Random(fastrand::Rng, DigestFunction);
 
     impl Random {
+        fn new(seed: u64) -> Self {
+            let numbers = [1, 2, 3, 5, 6, 9];
+            let mut rng = fastrand::Rng::with_seed(seed);
+            let function = DigestFunction::from_proto(numbers[rng.usize(..numbers.len())]);
+            Random(rng, function.unwrap())
+        }
+
         fn text(&mut self) -> String {
             let length = self.0.usize(..12);
             let letter = |rng: &mut fastrand::Rng| rng.char('\u{20}'..='\u{2100}');
@@ -500,7 +522,8 @@ mod tests {
 
         fn digest(&mut self) -> Digest {
             // Few enough for the same to occur again.
-            digest(&self.0.u8(..40).to_string())
+            let text = self.0.u8(..40).to_string();
+            self.1.of(text.as_bytes())
         }
 
         fn path(&mut self) -> PathBuf {
@@ -517,7 +540,7 @@ mod tests {
         }
 
         fn key(&mut self) -> WeakKey {
-            WeakKey(*self.digest().hash())
+            WeakKey(self.0.u128(..).to_be_bytes().repeat(2).try_into().unwrap())
         }
 
         fn outputs(&mut self) -> Vec<(String, Digest)> {
@@ -538,6 +561,7 @@ mod tests {
             };
             let mut parent = Parent::new(ParentIdentity {
                 instance: self.text().into(),
+                digest_function: self.1,
                 uid: self.maybe(|random| random.0.u32(..)),
                 kind,
             });
@@ -599,7 +623,7 @@ mod tests {
     #[test]
     fn any_parent_comes_back_as_it_was_and_is_written_the_same_again() {
         for seed in 0..500 {
-            let parent = Random(fastrand::Rng::with_seed(seed)).parent();
+            let parent = Random::new(seed).parent();
             let encoded = message(&parent, &Names::default(), None).encode_to_vec();
             let Ok(Interchange::Records(back)) = read(encoded.clone().into()) else {
                 panic!("seed {seed} is not read as records");
@@ -622,7 +646,7 @@ mod tests {
     fn damaged_messages_are_refused_or_read_but_never_believed_to_be_of_another_parent() {
         let mut refused = 0;
         for seed in 0..300 {
-            let mut random = Random(fastrand::Rng::with_seed(seed));
+            let mut random = Random::new(seed);
             let parent = random.parent();
             let mut encoded = message(&parent, &Names::default(), None).encode_to_vec();
             let at = random.0.usize(..encoded.len());
@@ -633,7 +657,7 @@ mod tests {
             match read(encoded.into()) {
                 Ok(Interchange::Records(back)) => {
                     for (key, base) in &back.actions {
-                        assert_eq!(Digest::of(&base.encoded), base.digest);
+                        assert_eq!(base.digest.function().of(&base.encoded), base.digest);
                         assert_eq!(key.mount, base.mount);
                     }
                 }
@@ -657,7 +681,7 @@ mod tests {
             refused(&nameless.encode_to_vec()),
             Malformed::Digest("an action")
         );
-        let parent = Random(fastrand::Rng::with_seed(1)).parent();
+        let parent = Random::new(1).parent();
         let mut short = message(&parent, &Names::default(), None);
         short.actions.push(SpeculativeAction::default());
         assert!(matches!(
@@ -677,7 +701,10 @@ mod tests {
             files: files.collect(),
             ..reapi::Directory::default()
         });
-        trees.insert(digest, Arc::new(Directory::parse(encoded).unwrap()));
+        trees.insert(
+            digest,
+            Arc::new(Directory::parse(encoded, digest.function()).unwrap()),
+        );
         digest
     }
 
@@ -797,6 +824,7 @@ mod tests {
         let mut trees = Trees::new();
         let mut parent = Parent::new(ParentIdentity {
             instance: "".into(),
+            digest_function: SHA256,
             uid: Some(7),
             kind: ParentKind::Invocation {
                 project_root: Some("/home/me/p".into()),

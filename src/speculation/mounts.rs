@@ -126,7 +126,10 @@ mod tests {
             });
         }
         let (digest, encoded) = Digest::of_message(&message);
-        trees.insert(digest, Arc::new(Directory::parse(encoded).unwrap()));
+        trees.insert(
+            digest,
+            Arc::new(Directory::parse(encoded, digest.function()).unwrap()),
+        );
         digest
     }
 

@@ -12,7 +12,6 @@ use super::observation::{Call, CallOrigin};
 use super::parent::{ExecutedParent, ParentIdentity, WeakKey};
 use super::priming::Group;
 use super::subactions;
-use crate::cas::digest::required;
 use crate::reapi::ActionResult;
 
 /// Calls that are held at a time; further ones are taken for the client's own.
@@ -146,7 +145,7 @@ impl Nested {
 
     fn tell_written(&self, key: &FlightKey, result: &ActionResult) {
         let files = result.output_files.iter().filter_map(|file| {
-            let digest = required(file.digest.as_ref()).ok()?;
+            let digest = key.action.function().read(file.digest.as_ref()).ok()?;
             Some((file.path.clone(), digest))
         });
         // Whoever is not told knows less of what further actions read.

@@ -11,9 +11,8 @@ use bytes::Bytes;
 use prost::Message;
 use sha2::{Digest as _, Sha256};
 
-use crate::cas::Digest;
-use crate::cas::digest::required;
-use crate::reapi::{Action, digest_function};
+use crate::cas::{Digest, DigestFunction};
+use crate::reapi::Action;
 
 /// The identity of a parent that stays the same when only file contents change.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -59,6 +58,8 @@ impl FromStr for WeakKey {
 pub struct ParentIdentity {
     /// REAPI's instance name, of its subactions.
     pub instance: Arc<str>,
+    /// The digest function of its subactions.
+    pub digest_function: DigestFunction,
     /// The user whose processes ask; `None` for clients on other machines.
     pub uid: Option<u32>,
     /// What it is, and how that is told from others.
@@ -105,7 +106,7 @@ impl ParentIdentity {
             ParentKind::Invocation { .. } => b"primed invocation parent",
             ParentKind::Action(_) => b"primed action parent",
         });
-        field(&(digest_function::Value::Sha256 as i32).to_be_bytes());
+        field(&self.digest_function.to_proto().to_be_bytes());
         field(self.instance.as_bytes());
         field(
             self.uid
@@ -253,6 +254,16 @@ pub struct BaseAction {
     pub last_seen_unix_ms: i64,
 }
 
+impl BaseAction {
+    /// The parts of its `Action`.
+    ///
+    /// # Errors
+    /// `Unrecordable`, when it must be left alone.
+    pub fn parts(&self) -> Result<ActionParts, Unrecordable> {
+        action_parts(&self.encoded, self.digest.function())
+    }
+}
+
 /// Why an action cannot be recorded.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum Unrecordable {
@@ -278,11 +289,15 @@ pub struct ActionParts {
     pub input_root: Digest,
 }
 
-/// Takes an encoded `Action` apart.
+/// Takes apart an encoded `Action` whose digest is of `function`.
 ///
 /// # Errors
 /// `Unrecordable`, when it must be left alone.
-pub fn action_parts(encoded: &Bytes) -> Result<ActionParts, Unrecordable> {
+pub fn action_parts(
+    encoded: &Bytes,
+    function: DigestFunction,
+) -> Result<ActionParts, Unrecordable> {
+    let read = |digest: Option<&_>| function.read(digest).map_err(|_| Unrecordable::Malformed);
     let mut action = Action::decode(encoded.clone()).map_err(|_| Unrecordable::Malformed)?;
     if action.do_not_cache {
         return Err(Unrecordable::DoNotCache);
@@ -290,11 +305,10 @@ pub fn action_parts(encoded: &Bytes) -> Result<ActionParts, Unrecordable> {
     if encoded != &action.encode_to_vec() {
         return Err(Unrecordable::Malformed);
     }
-    let command = required(action.command_digest.as_ref()).map_err(|_| Unrecordable::Malformed)?;
-    let input_root = action.input_root_digest.take();
-    let input_root = required(input_root.as_ref()).map_err(|_| Unrecordable::Malformed)?;
+    let command = read(action.command_digest.as_ref())?;
+    let input_root = read(action.input_root_digest.take().as_ref())?;
     Ok(ActionParts {
-        action_key: Digest::of_message(&action).0,
+        action_key: function.of_message(&action).0,
         command,
         input_root,
     })
@@ -424,6 +438,7 @@ pub mod fixture {
     pub fn invocation(overlays: OverlayTable) -> Parent {
         let mut parent = Parent::new(ParentIdentity {
             instance: "".into(),
+            digest_function: DigestFunction::Sha256,
             uid: None,
             kind: ParentKind::Invocation {
                 project_root: Some("/p".into()),
@@ -439,6 +454,8 @@ pub mod fixture {
 mod tests {
     use super::*;
 
+    const SHA256: DigestFunction = DigestFunction::Sha256;
+
     fn action(input: &str) -> Action {
         Action {
             command_digest: Some(Digest::of(b"command").to_proto()),
@@ -449,7 +466,8 @@ mod tests {
 
     #[test]
     fn the_action_key_ignores_the_input_root_and_nothing_else() {
-        let parts = |action: &Action| action_parts(&Bytes::from(action.encode_to_vec())).unwrap();
+        let parts =
+            |action: &Action| action_parts(&Bytes::from(action.encode_to_vec()), SHA256).unwrap();
         let one = parts(&action("one"));
         let two = parts(&action("two"));
         assert_eq!(one.action_key, two.action_key);
@@ -466,14 +484,20 @@ mod tests {
         let mut uncacheable = action("one");
         uncacheable.do_not_cache = true;
         let encoded = uncacheable.encode_to_vec().into();
-        assert_eq!(action_parts(&encoded), Err(Unrecordable::DoNotCache));
+        assert_eq!(
+            action_parts(&encoded, SHA256),
+            Err(Unrecordable::DoNotCache)
+        );
         let mut unknown_field = action("one").encode_to_vec();
         unknown_field.extend([0xf8, 0x3f, 1]); // field 1023
         assert_eq!(
-            action_parts(&unknown_field.into()),
+            action_parts(&unknown_field.into(), SHA256),
             Err(Unrecordable::Malformed)
         );
-        assert_eq!(action_parts(&Bytes::new()), Err(Unrecordable::Malformed));
+        assert_eq!(
+            action_parts(&Bytes::new(), SHA256),
+            Err(Unrecordable::Malformed)
+        );
     }
 
     #[test]
@@ -484,9 +508,15 @@ mod tests {
         };
         let identity = ParentIdentity {
             instance: "".into(),
+            digest_function: SHA256,
             uid: Some(1000),
             kind: invocation(Some("/p"), "make"),
         };
+        // Records of earlier versions, and of other machines, are found by it.
+        assert_eq!(
+            identity.weak_key().to_string(),
+            "b49c677810426e540431b84fb9355badd2a649a4a1ee2b6b898e2879e2b6b507"
+        );
         let mut keys = vec![identity.weak_key()];
         keys.push(
             ParentIdentity {
@@ -497,7 +527,21 @@ mod tests {
         );
         keys.push(
             ParentIdentity {
+                digest_function: DigestFunction::Blake3,
+                ..identity.clone()
+            }
+            .weak_key(),
+        );
+        keys.push(
+            ParentIdentity {
                 uid: None,
+                ..identity.clone()
+            }
+            .weak_key(),
+        );
+        keys.push(
+            ParentIdentity {
+                uid: Some(1001),
                 ..identity.clone()
             }
             .weak_key(),

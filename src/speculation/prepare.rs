@@ -165,7 +165,7 @@ fn read_blobs(
     for (digest, blob) in needed {
         match blob {
             Blob::Directory(encoded) => {
-                if let Some(directory) = Directory::parse(encoded.clone()) {
+                if let Some(directory) = Directory::parse(encoded.clone(), digest.function()) {
                     directories.insert(digest, Arc::new(directory));
                 }
                 blobs.insert(digest, encoded);

@@ -29,7 +29,7 @@ use super::share::{self, Obtained};
 use super::shelf::MAX_SHARED;
 use super::store::KnownParent;
 use super::workshop::{Primed, Workshop};
-use crate::cas::Digest;
+use crate::cas::{Digest, DigestFunction};
 use crate::reapi::ActionResult;
 use crate::task;
 
@@ -57,10 +57,12 @@ pub struct Priming {
 pub enum Group {
     /// An invocation parent.
     Invocation(WeakKey),
-    /// The action parents that one user executes under one instance.
+    /// The action parents that one user executes under one instance and digest function.
     Actions {
         /// The instance.
         instance: Arc<str>,
+        /// The digest function.
+        digest_function: DigestFunction,
         /// The user.
         uid: Option<u32>,
     },
@@ -149,7 +151,9 @@ impl Family {
         let mut family = Family::default();
         for known in parents.values().filter(|known| known.identity.uid == uid) {
             match &known.identity.kind {
-                ParentKind::Action(other) if other.instance != action.instance => {}
+                ParentKind::Action(other)
+                    if other.instance != action.instance
+                        || other.key.function() != action.key.function() => {}
                 ParentKind::Action(other) if other.key == action.key => {
                     family.keys.push(known.key);
                 }
@@ -471,9 +475,13 @@ impl Worker {
         let index = self.workshop.index.clone();
         let parents: Vec<_> = self.parents.values().cloned().collect();
         let disk = task::blocking("workspace scan", move || {
-            let sources = parents.iter().flat_map(|parent| parent.overlays.sources());
+            let sources = parents.iter().flat_map(|parent| {
+                let function = parent.identity.digest_function;
+                let sources = parent.overlays.sources().into_iter();
+                sources.map(move |path| (path, function))
+            });
             sources
-                .map(|path| (path.to_owned(), index.digest(path).ok()))
+                .map(|(path, function)| (path.to_owned(), index.digest(path, function).ok()))
                 .collect::<HashMap<PathBuf, Option<Digest>>>()
         })
         .await;
@@ -499,7 +507,9 @@ impl Worker {
                 return;
             }
         };
-        let Some(parts) = encoded.and_then(|encoded| action_parts(&encoded).ok()) else {
+        let Some(parts) =
+            encoded.and_then(|encoded| action_parts(&encoded, key.action.function()).ok())
+        else {
             return;
         };
         let mut bases = plan.bases(&key.instance, parts.action_key);
@@ -706,7 +716,8 @@ impl Worker {
         let directory = &base.working_directory;
         let outputs = match result {
             Some(result) => {
-                match output_files(&self.workshop, &key.instance, directory, result).await {
+                let (workshop, function) = (&self.workshop, key.action.function());
+                match output_files(workshop, &key.instance, function, directory, result).await {
                     Ok(outputs) => Some(outputs),
                     Err(status) => {
                         tracing::debug!(action = %key.action, %status, "outputs cannot be read");

@@ -15,9 +15,8 @@ use super::parent::{BaseAction, Parent, ParentKind, SubactionKey, Unrecordable, 
 use super::schedule::Outputs;
 use super::texts::{runs_actions, texts_of};
 use super::workshop::Workshop;
-use crate::cas::Digest;
-use crate::cas::digest::required;
 use crate::cas::directories::{Directory, Trees, child_path};
+use crate::cas::{Digest, DigestFunction};
 use crate::reapi::{Action, ActionResult, Command, ExecutedActionMetadata, OutputDirectory, Tree};
 
 /// Directories of an output that are looked into: one that stands at very many places is cut off.
@@ -50,6 +49,7 @@ pub async fn record(
 ) -> Result<usize, Status> {
     let cas = &workshop.cas;
     let instance = parent.identity.instance.clone();
+    let function = parent.identity.digest_function;
     let known: HashMap<Digest, Arc<BaseAction>> = parent
         .actions
         .values()
@@ -60,7 +60,7 @@ pub async fn record(
     let actions = cas.fetch(&instance, new).await?;
     let commands = actions
         .values()
-        .filter_map(|blob| Some(action_parts(blob).ok()?.command));
+        .filter_map(|blob| Some(action_parts(blob, function).ok()?.command));
     let commands = cas.fetch(&instance, commands).await?;
     let mut unrecorded = 0;
     let mut bases = Vec::with_capacity(subactions.len());
@@ -82,6 +82,7 @@ pub async fn record(
         let outputs = output_files(
             workshop,
             &instance,
+            function,
             &base.working_directory,
             &subaction.result,
         );
@@ -121,7 +122,8 @@ fn base_action(
     commands: &HashMap<Digest, Bytes>,
 ) -> Option<BaseAction> {
     let encoded = actions.get(&subaction.action)?;
-    let parts = action_parts(encoded)
+    let function = subaction.action.function();
+    let parts = action_parts(encoded, function)
         .inspect_err(|reason| tracing::debug!(action = %subaction.action, %reason, "not recorded"))
         .ok()?;
     let command = Command::decode(commands.get(&parts.command)?.clone()).ok()?;
@@ -141,7 +143,7 @@ fn base_action(
         input_root: parts.input_root,
         mount,
         file_system_root: subaction.file_system_root.clone(),
-        texts: distinct_texts(&action, &command),
+        texts: distinct_texts(&action, &command, function),
         working_directory: command.working_directory,
         outputs: Vec::new(),
         duration: Duration::ZERO,
@@ -150,8 +152,8 @@ fn base_action(
     })
 }
 
-fn distinct_texts(action: &Action, command: &Command) -> Vec<String> {
-    let mut texts = texts_of(action, command);
+fn distinct_texts(action: &Action, command: &Command, function: DigestFunction) -> Vec<String> {
+    let mut texts = texts_of(action, command, function);
     texts.sort_unstable();
     texts.dedup();
     texts
@@ -166,7 +168,7 @@ fn supersede(parent: &mut Parent, recorded: Vec<BaseAction>) {
         .filter_map(|(key, base)| Some((Written::by(base)?, key.clone())))
         .collect();
     for base in recorded {
-        let Ok(parts) = action_parts(&base.encoded) else {
+        let Ok(parts) = base.parts() else {
             continue;
         };
         let key = SubactionKey {
@@ -225,21 +227,22 @@ pub fn execution_time(result: &ActionResult) -> Option<Duration> {
         .map(Duration::from_nanos)
 }
 
-/// The files that an action wrote, those in output directories too: paths relative to the input
-/// root, sorted. Directories that cannot be read are left out.
+/// The files that an action under `function` wrote, those in output directories too: paths relative
+/// to the input root, sorted. Directories that cannot be read are left out.
 ///
 /// # Errors
 /// The backend's status, when it cannot be asked for an output directory.
 pub async fn output_files(
     workshop: &Workshop,
     instance: &str,
+    function: DigestFunction,
     working_directory: &str,
     result: &ActionResult,
 ) -> Result<Outputs, Status> {
     let mut outputs = Outputs::new();
     for file in &result.output_files {
         let path = normalized(working_directory, &file.path);
-        if let (Some(path), Ok(digest)) = (path, required(file.digest.as_ref())) {
+        if let (Some(path), Ok(digest)) = (path, function.read(file.digest.as_ref())) {
             outputs.push((path, digest));
         }
     }
@@ -247,7 +250,7 @@ pub async fn output_files(
         let Some(path) = normalized(working_directory, &directory.path) else {
             continue;
         };
-        let files = files_in(workshop, instance, directory).await?;
+        let files = files_in(workshop, instance, function, directory).await?;
         outputs.extend(
             files
                 .into_iter()
@@ -265,18 +268,19 @@ pub async fn output_files(
 pub async fn files_in(
     workshop: &Workshop,
     instance: &str,
+    function: DigestFunction,
     directory: &OutputDirectory,
 ) -> Result<Outputs, Status> {
     let mut files = Outputs::new();
     let Workshop {
         cas, directories, ..
     } = workshop;
-    if let Ok(tree) = required(directory.tree_digest.as_ref()) {
+    if let Ok(tree) = function.read(directory.tree_digest.as_ref()) {
         let blob = cas.fetch(instance, [tree]).await?.remove(&tree);
         if let Some(tree) = blob.and_then(|blob| Tree::decode(blob).ok()) {
-            files_of_tree(&tree, &mut files);
+            files_of_tree(&tree, function, &mut files);
         }
-    } else if let Ok(root) = required(directory.root_directory_digest.as_ref()) {
+    } else if let Ok(root) = function.read(directory.root_directory_digest.as_ref()) {
         let trees = directories.load(cas, instance, [root]).await?;
         files_below(root, &trees, &mut files);
     }
@@ -299,16 +303,16 @@ fn files_below(root: Digest, trees: &Trees, files: &mut Outputs) {
     }
 }
 
-fn files_of_tree(tree: &Tree, outputs: &mut Outputs) {
+fn files_of_tree(tree: &Tree, function: DigestFunction, outputs: &mut Outputs) {
     let mut trees = Trees::new();
     for child in tree.root.iter().chain(&tree.children) {
-        let (digest, encoded) = Digest::of_message(child);
-        if let Some(directory) = Directory::parse(encoded) {
+        let (digest, encoded) = function.of_message(child);
+        if let Some(directory) = Directory::parse(encoded, function) {
             trees.insert(digest, Arc::new(directory));
         }
     }
     if let Some(root) = &tree.root {
-        files_below(Digest::of_message(root).0, &trees, outputs);
+        files_below(function.of_message(root).0, &trees, outputs);
     }
 }
 
@@ -378,7 +382,7 @@ mod tests {
             children: vec![leaf],
         };
         let mut outputs = Outputs::new();
-        files_of_tree(&tree, &mut outputs);
+        files_of_tree(&tree, DigestFunction::Sha256, &mut outputs);
         assert_eq!(outputs, [("sub/x.h".to_owned(), Digest::of(b"x"))]);
     }
 }

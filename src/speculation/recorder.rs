@@ -17,8 +17,8 @@ use super::parent::{BaseAction, ExecutedParent, Parent, ParentIdentity, ParentKi
 use super::record::{Subaction, record};
 use super::share;
 use super::workshop::Workshop;
-use crate::cas::Digest;
 use crate::cas::directories::Trees;
+use crate::cas::{Digest, DigestFunction};
 use crate::config::Mode;
 use crate::task;
 
@@ -80,19 +80,21 @@ pub async fn run(
                 continue;
             }
         };
-        let mut by_instance: HashMap<Arc<str>, Vec<Subaction>> = HashMap::new();
+        let mut by_place: HashMap<(Arc<str>, DigestFunction), Vec<Subaction>> = HashMap::new();
         for (key, subaction) in build.subactions {
-            by_instance.entry(key.instance).or_default().push(subaction);
+            let place = (key.instance, key.action.function());
+            by_place.entry(place).or_default().push(subaction);
         }
-        if let (Some(action), true) = (&build.caller.action, by_instance.is_empty()) {
+        if let (Some(action), true) = (&build.caller.action, by_place.is_empty()) {
             // What it runs was answered elsewhere; or it runs nothing, and others may depend on it
             // all the same.
             let unknown = build.instances.is_empty().then(|| action.instance.clone());
             let instances = build.instances.iter().cloned().chain(unknown);
-            by_instance.extend(instances.map(|instance| (instance, Vec::new())));
+            let function = action.key.function();
+            by_place.extend(instances.map(|instance| ((instance, function), Vec::new())));
         }
-        for (instance, mut subactions) in by_instance {
-            let identity = build.caller.parent(&instance);
+        for ((instance, function), mut subactions) in by_place {
+            let identity = build.caller.parent(&instance, function);
             subactions.sort_by_key(|subaction| subaction.order);
             let label = identity.label();
             let recording = Recording {

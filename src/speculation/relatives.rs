@@ -78,7 +78,7 @@ impl Relatives {
         workshop: &Workshop,
         asked: &ParentIdentity,
     ) -> Result<Option<Self>, UnusableError> {
-        let get = Shelf::Relatives.get(workshop, &asked.instance, asked.weak_key(), MAX_SHARED);
+        let get = Shelf::Relatives.get(workshop, asked, MAX_SHARED);
         let encoded = get.await?;
         encoded
             .map(|encoded| Self::read(asked, encoded))
@@ -124,12 +124,7 @@ async fn enter(
         Err(_) => Relatives::default(),
     };
     if add(&mut relatives) {
-        let put = Shelf::Relatives.put(
-            workshop,
-            &asked.instance,
-            asked.weak_key(),
-            relatives.encode(),
-        );
+        let put = Shelf::Relatives.put(workshop, asked, relatives.encode());
         put.await?;
     }
     Ok(())
@@ -235,14 +230,15 @@ async fn recorded(workshop: &Workshop, key: WeakKey) -> Option<Arc<Parent>> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::cas::Digest;
     use crate::cas::memory::Memory;
+    use crate::cas::{Digest, DigestFunction};
     use crate::speculation::parent::{ActionParent, Origin, ParentKind};
 
     /// An element, whose actions run under an instance of their own.
     fn element(name: &str) -> ParentIdentity {
         ParentIdentity {
             instance: "nested".into(),
+            digest_function: DigestFunction::Sha256,
             uid: Some(1000),
             kind: ParentKind::Action(ActionParent {
                 instance: "outer".into(),
@@ -325,8 +321,8 @@ mod tests {
     async fn what_is_damaged_is_not_used_and_mended_by_the_next_who_shares() {
         let workshop = Workshop::sharing(Memory::holding([]));
         let asked = element("lib").as_asked_for().unwrap();
-        let (key, garbage) = (asked.weak_key(), Bytes::from_static(b"\xff"));
-        let put = Shelf::Relatives.put(&workshop, &asked.instance, key, garbage);
+        let garbage = Bytes::from_static(b"\xff");
+        let put = Shelf::Relatives.put(&workshop, &asked, garbage);
         put.await.unwrap();
         assert!(obtained(&workshop, "lib").await.is_empty());
         publish(&workshop, "lib", &[]).await;

@@ -380,8 +380,10 @@ mod tests {
                 }],
                 ..reapi::Directory::default()
             });
-            self.trees
-                .insert(root, Arc::new(Directory::parse(encoded).unwrap()));
+            self.trees.insert(
+                root,
+                Arc::new(Directory::parse(encoded, root.function()).unwrap()),
+            );
             let outputs = outputs.map(|(path, content)| vec![(path.to_owned(), digest(content))]);
             let current = CurrentParent {
                 input_root: root,

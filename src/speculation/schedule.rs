@@ -13,7 +13,7 @@ use super::edits::{Edit, Edits, Lesson, OldFile};
 use super::flights::{FlightKey, Urgency};
 use super::instantiate::{Adapted, Instantiation, Instantiator, Task, Texts, Unadaptable};
 use super::known::{Known, find_file, find_output};
-use super::parent::{BaseAction, Parent, ParentKind, WeakKey, action_parts};
+use super::parent::{BaseAction, Parent, ParentKind, WeakKey};
 use super::resolve::{Current, Node, Resolver, TreeFile, TreeKind};
 use super::workshop::Workshop;
 use crate::cas::Digest;
@@ -59,7 +59,7 @@ impl Subject {
             let of_bases = roots.entry(identity.instance.clone()).or_default();
             of_bases.extend(bases.clone().map(|base| base.input_root));
             let with_texts = bases.filter(|base| !base.texts.is_empty());
-            let with_texts = with_texts.filter_map(|base| action_parts(&base.encoded).ok());
+            let with_texts = with_texts.filter_map(|base| base.parts().ok());
             let of_bases = commands.entry(identity.instance.clone()).or_default();
             of_bases.extend(with_texts.map(|parts| parts.command));
             if let ParentKind::Action(action) = &identity.kind {
@@ -151,7 +151,7 @@ pub struct Ready {
     /// What it is executed as.
     pub key: FlightKey,
     /// The adapted action with what it needs.
-    pub adapted: Adapted,
+    pub adapted: Box<Adapted>,
     /// Its place in the lane.
     pub urgency: Urgency,
 }
@@ -364,7 +364,7 @@ impl Plan {
     }
 
     /// Instantiates `nodes` and whatever that releases or calls for.
-    fn advance(&mut self, nodes: Vec<Node>, results: &Results) -> Vec<(Node, Adapted)> {
+    fn advance(&mut self, nodes: Vec<Node>, results: &Results) -> Vec<(Node, Box<Adapted>)> {
         let mut ready = Vec::new();
         let mut released = nodes;
         released.reverse();
@@ -475,7 +475,7 @@ impl Plan {
     }
 
     /// The most urgent first; two base actions that became the same adapted one count once.
-    fn in_order(&self, adapted: Vec<(Node, Adapted)>) -> Vec<Ready> {
+    fn in_order(&self, adapted: Vec<(Node, Box<Adapted>)>) -> Vec<Ready> {
         let mut seen = std::collections::HashSet::new();
         let mut ready: Vec<Ready> = adapted
             .into_iter()
@@ -504,7 +504,7 @@ fn command(base: &BaseAction, commands: &HashMap<Digest, Bytes>) -> Option<Bytes
     if base.texts.is_empty() {
         return None;
     }
-    let parts = action_parts(&base.encoded).ok()?;
+    let parts = base.parts().ok()?;
     commands.get(&parts.command).cloned()
 }
 
@@ -530,6 +530,7 @@ fn texts_now(parent: &Parent, key: WeakKey, known: &Known) -> Texts {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::cas::DigestFunction;
     use crate::cas::directories::Directory;
     use crate::reapi;
     use crate::speculation::known::{CurrentParent, Sources};
@@ -556,7 +557,7 @@ mod tests {
         /// An action that reads `inputs` as they were recorded ("old NAME") and writes `output`.
         fn action(mut self, output: &str, inputs: &[&str], seconds: u64) -> Self {
             let (input_root, directory) = Digest::of_message(&root(inputs, |_| "old"));
-            let directory = Directory::parse(directory).unwrap();
+            let directory = Directory::parse(directory, input_root.function()).unwrap();
             self.trees.insert(input_root, Arc::new(directory));
             let encoded = encoded(output, input_root);
             let base = BaseAction {
@@ -589,7 +590,7 @@ mod tests {
 
         fn plan(self) -> Plan {
             let actions = self.bases.into_iter().map(|base| {
-                let action_key = action_parts(&base.encoded).unwrap().action_key;
+                let action_key = base.parts().unwrap().action_key;
                 let mount = base.mount.clone();
                 (SubactionKey { action_key, mount }, Arc::new(base))
             });
@@ -830,7 +831,10 @@ mod tests {
                 },
             );
             let (empty, encoded) = Digest::of_message(&reapi::Directory::default());
-            trees.insert(empty, Arc::new(Directory::parse(encoded).unwrap()));
+            trees.insert(
+                empty,
+                Arc::new(Directory::parse(encoded, DigestFunction::Sha256).unwrap()),
+            );
             let (digest, encoded) = text_action(root);
             let base = BaseAction {
                 digest,
@@ -838,7 +842,7 @@ mod tests {
                 texts,
                 ..fixture::base("compile", empty)
             };
-            let action_key = action_parts(&base.encoded).unwrap().action_key;
+            let action_key = base.parts().unwrap().action_key;
             let key = SubactionKey {
                 action_key,
                 mount: None,
@@ -889,6 +893,7 @@ mod tests {
     fn element(name: &str, input_root: Digest, texts: Vec<String>) -> Parent {
         let mut parent = Parent::new(ParentIdentity {
             instance: "".into(),
+            digest_function: DigestFunction::Sha256,
             uid: None,
             kind: ParentKind::Action(ActionParent {
                 instance: "".into(),
@@ -907,7 +912,10 @@ mod tests {
 
     fn keep(trees: &mut Trees, message: &reapi::Directory) -> Digest {
         let (digest, encoded) = Digest::of_message(message);
-        trees.insert(digest, Arc::new(Directory::parse(encoded).unwrap()));
+        trees.insert(
+            digest,
+            Arc::new(Directory::parse(encoded, DigestFunction::Sha256).unwrap()),
+        );
         digest
     }
 

@@ -106,7 +106,7 @@ async fn share(workshop: &Workshop, parent: &Parent) -> Result<Digest, ShareErro
     let identity = &parent.identity;
     let message = interchange::message(&timeless(parent), &Names::default(), None);
     let encoded = message.encode_to_vec().into();
-    let put = Shelf::Records.put(workshop, &identity.instance, identity.weak_key(), encoded);
+    let put = Shelf::Records.put(workshop, identity, encoded);
     put.await
 }
 
@@ -135,8 +135,7 @@ pub async fn obtain(workshop: &Workshop, identity: &ParentIdentity, most: u64) -
     let sharing = workshop.sharing.as_ref()?;
     let label = identity.label();
     let fetched = async {
-        let key = identity.weak_key();
-        let get = Shelf::Records.get(workshop, &identity.instance, key, most);
+        let get = Shelf::Records.get(workshop, identity, most);
         let Some(message) = get.await? else {
             return Ok(None);
         };
@@ -236,9 +235,7 @@ fn is_plain(path: &Path) -> bool {
 mod tests {
     use super::*;
     use crate::reapi::Action;
-    use crate::speculation::parent::{
-        ActionParent, BaseAction, SubactionKey, WeakKey, action_parts, fixture,
-    };
+    use crate::speculation::parent::{ActionParent, BaseAction, SubactionKey, WeakKey, fixture};
 
     fn in_project(mount: &str) -> BaseAction {
         let (digest, encoded) = Digest::of_message(&Action {
@@ -265,7 +262,7 @@ mod tests {
         for mount in mounts {
             let base = in_project(mount);
             let key = SubactionKey {
-                action_key: action_parts(&base.encoded).unwrap().action_key,
+                action_key: base.parts().unwrap().action_key,
                 mount: base.mount.clone(),
             };
             parent.actions.insert(key, Arc::new(base));

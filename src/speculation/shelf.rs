@@ -10,10 +10,9 @@ use bytes::Bytes;
 use tonic::Status;
 
 use super::interchange::Malformed;
-use super::parent::WeakKey;
+use super::parent::{ParentIdentity, WeakKey};
 use super::workshop::Workshop;
-use crate::cas::Digest;
-use crate::cas::digest::required;
+use crate::cas::{Digest, DigestFunction};
 use crate::reapi::{Action, ActionResult, Command, Directory, ExecutedActionMetadata, OutputFile};
 
 /// Changes with the form of what is shared.
@@ -91,15 +90,15 @@ impl Shelf {
     pub async fn put(
         self,
         workshop: &Workshop,
-        instance: &str,
-        key: WeakKey,
+        parent: &ParentIdentity,
         shared: Bytes,
     ) -> Result<Digest, ShareError> {
-        let digest = Digest::of(&shared);
+        let instance = &parent.instance;
+        let digest = parent.digest_function.of(&shared);
         if digest.size() > MAX_SHARED {
             return Err(ShareError::TooLarge(digest.size()));
         }
-        let Entry { action, mut blobs } = Entry::of(self, key);
+        let Entry { action, mut blobs } = Entry::of(self, parent);
         blobs.insert(digest, shared);
         workshop.cas.upload(instance, &blobs).await?;
         let result = ActionResult {
@@ -128,11 +127,11 @@ impl Shelf {
     pub async fn get(
         self,
         workshop: &Workshop,
-        instance: &str,
-        key: WeakKey,
+        parent: &ParentIdentity,
         most: u64,
     ) -> Result<Option<Bytes>, UnusableError> {
-        let entry = Entry::of(self, key);
+        let instance = &parent.instance;
+        let entry = Entry::of(self, parent);
         let result = workshop.backend.action_result(instance, entry.action);
         let Some(result) = result.await? else {
             return Ok(None);
@@ -141,7 +140,8 @@ impl Shelf {
         let Some(output) = outputs.find(|output| output.path == self.output()) else {
             return Ok(None);
         };
-        let digest = required(output.digest.as_ref()).map_err(|_| UnusableError::NoDigest)?;
+        let digest = parent.digest_function.read(output.digest.as_ref());
+        let digest = digest.map_err(|_| UnusableError::NoDigest)?;
         if digest.size() > most {
             return Err(UnusableError::TooLarge(digest.size()));
         }
@@ -158,14 +158,18 @@ struct Entry {
 }
 
 impl Entry {
-    fn of(shelf: Shelf, key: WeakKey) -> Self {
-        let command = Digest::of_message(&Command {
+    fn of(shelf: Shelf, parent: &ParentIdentity) -> Self {
+        Self::under(shelf, parent.weak_key(), parent.digest_function)
+    }
+
+    fn under(shelf: Shelf, key: WeakKey, function: DigestFunction) -> Self {
+        let command = function.of_message(&Command {
             arguments: vec![shelf.command().to_owned(), key.to_string()],
             output_paths: vec![shelf.output().to_owned()],
             ..Command::default()
         });
-        let input_root = Digest::of_message(&Directory::default());
-        let action = Digest::of_message(&Action {
+        let input_root = function.of_message(&Directory::default());
+        let action = function.of_message(&Action {
             command_digest: Some(command.0.to_proto()),
             input_root_digest: Some(input_root.0.to_proto()),
             salt: Bytes::from_static(SALT),
@@ -183,19 +187,24 @@ mod tests {
     use super::*;
     use prost::Message as _;
 
+    const SHA256: DigestFunction = DigestFunction::Sha256;
+
     #[test]
-    fn the_entry_depends_on_what_it_is_and_the_weak_key_alone() {
-        let entry = Entry::of(Shelf::Records, WeakKey([1; 32]));
-        let again = Entry::of(Shelf::Records, WeakKey([1; 32]));
+    fn the_entry_depends_on_what_it_is_the_weak_key_and_the_digest_function_alone() {
+        let entry = Entry::under(Shelf::Records, WeakKey([1; 32]), SHA256);
+        let again = Entry::under(Shelf::Records, WeakKey([1; 32]), SHA256);
         assert_eq!(entry.action, again.action);
         for other in [
-            Entry::of(Shelf::Records, WeakKey([2; 32])),
-            Entry::of(Shelf::Relatives, WeakKey([1; 32])),
+            Entry::under(Shelf::Records, WeakKey([2; 32]), SHA256),
+            Entry::under(Shelf::Relatives, WeakKey([1; 32]), SHA256),
         ] {
             assert_ne!(entry.action, other.action);
         }
+        let sha1 = Entry::under(Shelf::Records, WeakKey([1; 32]), DigestFunction::Sha1);
+        let is_sha1 = |digest: &Digest| digest.function() == DigestFunction::Sha1;
+        assert!(is_sha1(&sha1.action) && sha1.blobs.keys().all(is_sha1));
         let action = Action::decode(entry.blobs[&entry.action].clone()).unwrap();
-        let command = required(action.command_digest.as_ref()).unwrap();
+        let command = SHA256.read(action.command_digest.as_ref()).unwrap();
         let command = Command::decode(entry.blobs[&command].clone()).unwrap();
         assert_eq!(command.arguments, ["primed-records", &"01".repeat(32)]);
         assert!(action.platform.is_none() && !action.do_not_cache);

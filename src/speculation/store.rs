@@ -25,8 +25,7 @@ use super::parent::{
     ActionParent, BaseAction, ExecutedParent, Origin, OverlayTable, Parent, ParentIdentity,
     ParentKind, SubactionKey, WeakKey, action_parts,
 };
-use crate::cas::Digest;
-use crate::cas::digest::required;
+use crate::cas::{Digest, DigestFunction};
 use crate::reapi::buildstream::v2::speculative_actions::{Overlay, overlay::OverlayType};
 use crate::reapi::primed::store::v1 as proto;
 use crate::workspace::index::FileSignature;
@@ -95,6 +94,22 @@ pub struct KnownParent {
     pub identity: ParentIdentity,
     /// The other parents that its overlays name.
     pub dependencies: HashSet<WeakKey>,
+    /// When it was last recorded: milliseconds since 1970.
+    pub last_seen_unix_ms: i64,
+}
+
+impl KnownParent {
+    /// Whether it is `earlier` in all but the digest function, and was recorded later.
+    pub fn is_rehashed(&self, earlier: &Self) -> bool {
+        let function = earlier.identity.digest_function;
+        let otherwise_equal = ParentIdentity {
+            digest_function: function,
+            ..self.identity.clone()
+        };
+        self.last_seen_unix_ms > earlier.last_seen_unix_ms
+            && self.identity.digest_function != function
+            && otherwise_equal.weak_key() == earlier.key
+    }
 }
 
 /// A file with what its metadata were when it was hashed.
@@ -184,15 +199,19 @@ impl Store {
                 let (key, value) = entry?;
                 let stored = proto::Parent::decode(value.value()).ok();
                 let known = stored.and_then(|stored| {
-                    let dependencies = overlays(&stored.overlays).parents();
-                    Some((identity(&stored)?, dependencies))
+                    let identity = identity(&stored)?;
+                    let overlays = overlays(&stored.overlays, identity.digest_function);
+                    Some((identity, overlays.parents(), stored.last_seen_unix_ms))
                 });
                 match (<[u8; 32]>::try_from(key.value()), known) {
-                    (Ok(key), Some((identity, dependencies))) => parents.push(KnownParent {
-                        key: WeakKey(key),
-                        identity,
-                        dependencies,
-                    }),
+                    (Ok(key), Some((identity, dependencies, last_seen_unix_ms))) => {
+                        parents.push(KnownParent {
+                            key: WeakKey(key),
+                            identity,
+                            dependencies,
+                            last_seen_unix_ms,
+                        })
+                    }
                     _ => tracing::warn!("a parent in the record store is malformed; it is ignored"),
                 }
             }
@@ -305,7 +324,8 @@ impl Store {
             for entry in actions.range(first.as_slice()..=last.as_slice())? {
                 let (_, value) = entry?;
                 let decoded = proto::BaseAction::decode(value.value()).ok();
-                match decoded.and_then(base_action) {
+                let function = parent.identity.digest_function;
+                match decoded.and_then(|stored| base_action(stored, function)) {
                     Some((key, base)) => {
                         parent.actions.insert(key, Arc::new(base));
                     }
@@ -538,19 +558,28 @@ fn stored_digest(digest: Digest) -> Option<proto::Digest> {
     Some(proto::Digest {
         hash: Bytes::copy_from_slice(digest.hash()),
         size: digest.size(),
+        function: digest.function().to_proto(),
     })
 }
 
 fn digest_of(stored: Option<&proto::Digest>) -> Option<Digest> {
     let stored = stored?;
-    let hash = <[u8; 32]>::try_from(stored.hash.as_ref()).ok()?;
-    Some(Digest::from_parts(hash, stored.size))
+    function(stored.function)?.digest(&stored.hash, stored.size)
+}
+
+/// Records from when there was only one function do not name it.
+fn function(stored: i32) -> Option<DigestFunction> {
+    match stored {
+        0 => Some(DigestFunction::Sha256),
+        named => DigestFunction::from_proto(named),
+    }
 }
 
 pub(super) fn stored_parent(parent: &Parent) -> proto::Parent {
     let identity = &parent.identity;
     let mut stored = proto::Parent {
         instance_name: identity.instance.to_string(),
+        digest_function: identity.digest_function.to_proto(),
         uid: identity.uid,
         last_seen_unix_ms: parent.last_seen_unix_ms,
         overlays: parent
@@ -597,6 +626,7 @@ pub(super) fn identity(stored: &proto::Parent) -> Option<ParentIdentity> {
     };
     Some(ParentIdentity {
         instance: stored.instance_name.as_str().into(),
+        digest_function: function(stored.digest_function)?,
         uid: stored.uid,
         kind,
     })
@@ -606,15 +636,17 @@ pub(super) fn identity(stored: &proto::Parent) -> Option<ParentIdentity> {
 pub(super) fn parent_of(stored: &proto::Parent) -> Option<Parent> {
     let action = stored.action.as_ref();
     let executed = action.and_then(|action| execution(action.executed.as_ref()?));
+    let identity = identity(stored)?;
+    let function = identity.digest_function;
     let text_roots = stored.text_roots.iter();
     Some(Parent {
-        overlays: overlays(&stored.overlays),
+        overlays: overlays(&stored.overlays, function),
         text_roots: text_roots
             .map(|root| digest_of(Some(root)))
             .collect::<Option<_>>()?,
         executed: executed.map(Arc::new),
         last_seen_unix_ms: stored.last_seen_unix_ms,
-        ..Parent::new(identity(stored)?)
+        ..Parent::new(identity)
     })
 }
 
@@ -682,10 +714,10 @@ fn stored_overlay(target: Digest, origin: &Origin) -> Overlay {
     overlay
 }
 
-fn overlays(stored: &[Overlay]) -> OverlayTable {
+fn overlays(stored: &[Overlay], function: DigestFunction) -> OverlayTable {
     let mut table = OverlayTable::default();
     for overlay in stored {
-        if let Some((target, origin)) = overlay_origin(overlay) {
+        if let Some((target, origin)) = overlay_origin(overlay, function) {
             table.add(target, origin);
         }
     }
@@ -693,8 +725,8 @@ fn overlays(stored: &[Overlay]) -> OverlayTable {
 }
 
 /// `None` if it is malformed.
-fn overlay_origin(overlay: &Overlay) -> Option<(Digest, Origin)> {
-    let target = required(overlay.target_digest.as_ref()).ok()?;
+fn overlay_origin(overlay: &Overlay, function: DigestFunction) -> Option<(Digest, Origin)> {
+    let target = function.read(overlay.target_digest.as_ref()).ok()?;
     let parent = match overlay.source_element.as_str() {
         "" => None,
         named => Some(named.parse().ok()?),
@@ -705,7 +737,7 @@ fn overlay_origin(overlay: &Overlay) -> Option<(Digest, Origin)> {
         OverlayType::Source => Origin::Tree { parent, path },
         OverlayType::Action => Origin::Action {
             parent,
-            action: required(overlay.source_action_digest.as_ref()).ok()?,
+            action: function.read(overlay.source_action_digest.as_ref()).ok()?,
             path,
         },
         OverlayType::Artifact => Origin::Artifact {
@@ -731,13 +763,16 @@ pub(super) fn stored_action(base: &BaseAction) -> proto::BaseAction {
     }
 }
 
-pub(super) fn base_action(stored: proto::BaseAction) -> Option<(SubactionKey, BaseAction)> {
-    let parts = action_parts(&stored.action).ok()?;
+pub(super) fn base_action(
+    stored: proto::BaseAction,
+    function: DigestFunction,
+) -> Option<(SubactionKey, BaseAction)> {
+    let parts = action_parts(&stored.action, function).ok()?;
     let outputs = outputs(&stored.outputs)?;
     let mount = stored.mount.as_deref().map(path_of);
     let root = stored.file_system_root.as_deref();
     let base = BaseAction {
-        digest: Digest::of(&stored.action),
+        digest: function.of(&stored.action),
         input_root: parts.input_root,
         mount: mount.clone(),
         file_system_root: root.map_or_else(|| PathBuf::from("/"), path_of),
@@ -784,6 +819,7 @@ mod tests {
     fn parent(root: &str, actions: usize, seen: i64) -> Parent {
         let mut parent = Parent::new(ParentIdentity {
             instance: "instance".into(),
+            digest_function: DigestFunction::Sha256,
             uid: Some(7),
             kind: ParentKind::Invocation {
                 project_root: Some(root.into()),
@@ -812,7 +848,7 @@ mod tests {
                 last_seen_unix_ms: seen,
                 encoded,
             };
-            let action_key = action_parts(&base.encoded).unwrap().action_key;
+            let action_key = base.parts().unwrap().action_key;
             let key = SubactionKey { action_key, mount };
             parent.actions.insert(key, Arc::new(base));
             let path = format!("{number}.o");
@@ -855,6 +891,29 @@ mod tests {
             overlays
         };
         assert_eq!(overlays(one), overlays(other));
+    }
+
+    #[test]
+    fn records_that_name_no_digest_function_are_of_sha256() {
+        let recorded = parent("/one", 3, 1);
+        let stored = proto::Parent {
+            digest_function: 0,
+            ..stored_parent(&recorded)
+        };
+        assert_eq!(identity(&stored).unwrap(), recorded.identity);
+        for base in recorded.actions.values() {
+            let mut stored = stored_action(base);
+            for output in &mut stored.outputs {
+                output.digest.as_mut().unwrap().function = 0;
+            }
+            let (_, read) = base_action(stored, recorded.identity.digest_function).unwrap();
+            assert_eq!(read, **base);
+        }
+        let unknown = proto::Parent {
+            digest_function: 1000,
+            ..stored_parent(&recorded)
+        };
+        assert_eq!(identity(&unknown), None, "of a later version");
     }
 
     #[test]

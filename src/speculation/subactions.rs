@@ -173,6 +173,7 @@ impl Engine {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::cas::DigestFunction;
     use crate::speculation::parent::{ActionParent, ExecutedParent, ParentIdentity};
     use crate::speculation::parent::{BaseAction, SubactionKey};
     use crate::speculation::tests::stuck;
@@ -189,6 +190,7 @@ mod tests {
     fn parent(action: &str, subactions: &[(&str, u64, i64)]) -> Parent {
         let mut parent = Parent::new(ParentIdentity {
             instance: "nested".into(),
+            digest_function: DigestFunction::Sha256,
             uid: None,
             kind: ParentKind::Action(ActionParent {
                 instance: "outer".into(),

@@ -6,34 +6,41 @@
 use std::collections::HashMap;
 use std::ops::Range;
 
-use crate::cas::Digest;
+use crate::cas::{Digest, DigestFunction};
 use crate::reapi::{Action, Command, Platform};
 
 /// The platform property that names a socket for nested execution.
 const NESTED_SOCKET: &str = "remoteApisSocketPath";
 /// What stands for digest-valued text in an identity.
 const PLACEHOLDER: &str = "<digest>";
-/// Length of a SHA-256 hash in hexadecimal digits.
-const HASH: usize = 64;
 
 /// Old text and what takes its place.
 pub type Replacements = HashMap<String, String>;
 
-/// The digest-valued text of an action and its command, in the order in which it stands.
-pub fn texts_of(action: &Action, command: &Command) -> Vec<String> {
+/// The digest-valued text of an action and its command, in the order in which it stands: digests
+/// of `function`, which the action's own is of.
+pub fn texts_of(action: &Action, command: &Command, function: DigestFunction) -> Vec<String> {
     let mut texts = Vec::new();
     let (mut action, mut command) = (action.clone(), command.clone());
     for value in values(&mut action, &mut command) {
-        texts.extend(places(value).map(|place| value[place].to_owned()));
+        texts.extend(places(value, function).map(|place| value[place].to_owned()));
     }
     texts
 }
 
-/// Puts other text in the place of what `replacements` names. Says whether there was any.
-pub fn replace(action: &mut Action, command: &mut Command, replacements: &Replacements) -> bool {
+/// Puts other text in the place of digests of `function` that `replacements` names. Says whether
+/// there were any.
+pub fn replace(
+    action: &mut Action,
+    command: &mut Command,
+    function: DigestFunction,
+    replacements: &Replacements,
+) -> bool {
     let mut found = false;
     for value in values(action, command) {
-        let new = with_places(value, |text| replacements.get(text).map(String::as_str));
+        let new = with_places(value, function, |text| {
+            replacements.get(text).map(String::as_str)
+        });
         found |= new.is_some();
         if let Some(new) = new {
             *value = new;
@@ -43,17 +50,17 @@ pub fn replace(action: &mut Action, command: &mut Command, replacements: &Replac
 }
 
 /// The identity of an action that runs actions itself: the digest of its `Action` without the
-/// input root, and without digest-valued text.
-pub fn parent_key(action: &Action, command: &Command) -> Digest {
+/// input root, and without digest-valued text, by the `function` of its own digest.
+pub fn parent_key(action: &Action, command: &Command, function: DigestFunction) -> Digest {
     let (mut action, mut command) = (action.clone(), command.clone());
     for value in values(&mut action, &mut command) {
-        if let Some(new) = with_places(value, |_| Some(PLACEHOLDER)) {
+        if let Some(new) = with_places(value, function, |_| Some(PLACEHOLDER)) {
             *value = new;
         }
     }
-    action.command_digest = Some(Digest::of_message(&command).0.to_proto());
+    action.command_digest = Some(function.of_message(&command).0.to_proto());
     action.input_root_digest = None;
-    Digest::of_message(&action).0
+    function.of_message(&action).0
 }
 
 /// Whether the command is given a socket on which it may run actions itself.
@@ -92,10 +99,14 @@ fn values<'a>(
 }
 
 /// `text` with what `new` gives for each digest in it; `None` if nothing is replaced.
-fn with_places<'a>(text: &str, new: impl Fn(&str) -> Option<&'a str>) -> Option<String> {
+fn with_places<'a>(
+    text: &str,
+    function: DigestFunction,
+    new: impl Fn(&str) -> Option<&'a str>,
+) -> Option<String> {
     let mut replaced = String::new();
     let mut copied = 0;
-    for place in places(text) {
+    for place in places(text, function) {
         if let Some(new) = new(&text[place.clone()]) {
             replaced.push_str(&text[copied..place.start]);
             replaced.push_str(new);
@@ -105,14 +116,14 @@ fn with_places<'a>(text: &str, new: impl Fn(&str) -> Option<&'a str>) -> Option<
     (copied > 0).then(|| replaced + &text[copied..])
 }
 
-/// Where `hash/size` stands in `text`: 64 lower-case hexadecimal digits, a slash and a number, and
-/// no letter or digit beside them.
-fn places(text: &str) -> impl Iterator<Item = Range<usize>> {
+/// Where `hash/size` stands in `text`: as many lower-case hexadecimal digits as `function` makes, a
+/// slash and a number, and no letter or digit beside them.
+fn places(text: &str, function: DigestFunction) -> impl Iterator<Item = Range<usize>> {
     let bytes = text.as_bytes();
     let mut slashes = text.match_indices('/').map(|(at, _)| at);
     std::iter::from_fn(move || {
         slashes.find_map(|slash| {
-            let start = slash.checked_sub(HASH)?;
+            let start = slash.checked_sub(function.hash_digits())?;
             let is_hash = bytes[start..slash]
                 .iter()
                 .all(|byte| matches!(byte, b'0'..=b'9' | b'a'..=b'f'));
@@ -133,6 +144,8 @@ mod tests {
     use super::*;
     use crate::reapi::command::EnvironmentVariable;
     use crate::reapi::platform::Property;
+
+    const SHA256: DigestFunction = DigestFunction::Sha256;
 
     fn platform(value: &str) -> Option<Platform> {
         Some(Platform {
@@ -167,7 +180,8 @@ mod tests {
     fn digests_are_found_between_other_text() {
         let digest = Digest::of(b"x").to_string();
         let found = |text: &str| -> Vec<String> {
-            places(text).map(|place| text[place].to_owned()).collect()
+            let places = places(text, SHA256);
+            places.map(|place| text[place].to_owned()).collect()
         };
         for text in [
             digest.clone(),
@@ -185,6 +199,7 @@ mod tests {
             digest.split('/').next().unwrap().to_owned(),
             format!("{}/", "0".repeat(64)),
             "ä/1".to_owned(),
+            DigestFunction::Sha1.of(b"x").to_string(),
         ] {
             assert_eq!(found(&text), Vec::<String>::new(), "{text}");
         }
@@ -197,17 +212,17 @@ mod tests {
             Digest::of(b"new").to_string(),
         );
         let (mut changed, mut command) = action(&old);
-        assert_eq!(texts_of(&changed, &command).len(), 4);
+        assert_eq!(texts_of(&changed, &command, SHA256).len(), 4);
         let replacements = Replacements::from([(old.clone(), new.clone())]);
-        assert!(replace(&mut changed, &mut command, &replacements));
-        assert_eq!(texts_of(&changed, &command), vec![new.clone(); 4]);
+        assert!(replace(&mut changed, &mut command, SHA256, &replacements));
+        assert_eq!(texts_of(&changed, &command, SHA256), vec![new.clone(); 4]);
         assert_eq!(command.arguments, [format!("echo {old}")]);
-        assert!(!replace(&mut changed, &mut command, &replacements));
+        assert!(!replace(&mut changed, &mut command, SHA256, &replacements));
     }
 
     #[test]
     fn a_parent_is_the_same_whatever_digests_its_text_and_its_tree_have() {
-        let key = |(action, command): &(Action, Command)| parent_key(action, command);
+        let key = |(action, command): &(Action, Command)| parent_key(action, command, SHA256);
         let (mut one, mut two) = (
             action(&Digest::of(b"1").to_string()),
             action(&Digest::of(b"22").to_string()),

@@ -10,9 +10,8 @@ use std::time::{Duration, SystemTime};
 
 use bytes::Bytes;
 use parking_lot::Mutex;
-use sha2::{Digest as _, Sha256};
 
-use crate::cas::Digest;
+use crate::cas::{Digest, DigestFunction};
 
 /// Files whose last change is more recent than this when they are hashed are hashed again next
 /// time: the kernel's clock for file times moves in ticks of up to 10 ms, so a second change in
@@ -79,20 +78,22 @@ impl FileIndex {
         }
     }
 
-    /// The digest of the file at `path` as it is now. Follows symbolic links. Blocks.
+    /// The digest under `function` of the file at `path` as it is now. Follows symbolic links.
+    /// Blocks.
     ///
     /// # Errors
     /// When there is no regular file at `path`, it cannot be read, or it keeps changing.
-    pub fn digest(&self, path: &Path) -> io::Result<Digest> {
+    pub fn digest(&self, path: &Path, function: DigestFunction) -> io::Result<Digest> {
         let mut signature = signature(path)?;
         if let Some((known, digest)) = self.known.lock().files.get(path)
             && *known == signature
+            && digest.function() == function
         {
             return Ok(*digest);
         }
         for _ in 0..ATTEMPTS {
             let began = SystemTime::now();
-            let digest = hash(path)?;
+            let digest = hash(path, function)?;
             let after = self::signature(path)?;
             if after == signature && digest.size() == signature.size {
                 if !signature.is_racy(began) {
@@ -126,7 +127,7 @@ impl FileIndex {
 /// The content of the file at `path`, if it still has `digest`. Blocks.
 pub fn read(path: &Path, digest: Digest) -> Option<Bytes> {
     let content = Bytes::from(std::fs::read(path).ok()?);
-    (Digest::of(&content) == digest).then_some(content)
+    (digest.function().of(&content) == digest).then_some(content)
 }
 
 fn signature(path: &Path) -> io::Result<FileSignature> {
@@ -140,18 +141,14 @@ fn signature(path: &Path) -> io::Result<FileSignature> {
     Ok(FileSignature::of(&metadata))
 }
 
-fn hash(path: &Path) -> io::Result<Digest> {
+fn hash(path: &Path, function: DigestFunction) -> io::Result<Digest> {
     let mut file = File::open(path)?;
-    let mut hasher = Sha256::new();
-    let mut size = 0;
+    let mut hasher = function.hasher();
     let mut buffer = vec![0; 128 * 1024];
     loop {
         match file.read(&mut buffer)? {
-            0 => return Ok(Digest::from_hasher(hasher, size)),
-            read => {
-                hasher.update(&buffer[..read]);
-                size += read as u64;
-            }
+            0 => return Ok(hasher.finish()),
+            read => hasher.update(&buffer[..read]),
         }
     }
 }
@@ -159,6 +156,8 @@ fn hash(path: &Path) -> io::Result<Digest> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    const SHA256: DigestFunction = DigestFunction::Sha256;
 
     fn backdate(path: &Path) {
         let file = File::options().write(true).open(path).unwrap();
@@ -173,9 +172,12 @@ mod tests {
         std::fs::write(&path, "one").unwrap();
         let claimed = Digest::of(b"claimed");
         let index = FileIndex::with([(path.clone(), (signature(&path).unwrap(), claimed))]);
-        assert_eq!(index.digest(&path).unwrap(), claimed);
+        assert_eq!(index.digest(&path, SHA256).unwrap(), claimed);
+        let sha1 = DigestFunction::Sha1;
+        let other = index.digest(&path, sha1).unwrap();
+        assert_eq!(other, sha1.of(b"one"), "it was known by another function");
         backdate(&path);
-        assert_eq!(index.digest(&path).unwrap(), Digest::of(b"one"));
+        assert_eq!(index.digest(&path, SHA256).unwrap(), Digest::of(b"one"));
     }
 
     #[test]
@@ -184,7 +186,7 @@ mod tests {
         let path = scratch.path().join("a.h");
         std::fs::write(&path, "one").unwrap();
         let index = FileIndex::default();
-        index.digest(&path).unwrap();
+        index.digest(&path, SHA256).unwrap();
         let signature = signature(&path).unwrap();
         assert!(signature.is_racy(SystemTime::now() - RACY));
         let later = SystemTime::now() + Duration::from_secs(1);
@@ -198,8 +200,12 @@ mod tests {
     fn what_is_no_readable_file_is_an_error() {
         let scratch = tempfile::tempdir().unwrap();
         let index = FileIndex::default();
-        assert!(index.digest(scratch.path()).is_err());
-        assert!(index.digest(&scratch.path().join("absent")).is_err());
+        assert!(index.digest(scratch.path(), SHA256).is_err());
+        assert!(
+            index
+                .digest(&scratch.path().join("absent"), SHA256)
+                .is_err()
+        );
     }
 
     #[test]

@@ -18,7 +18,7 @@ use std::time::Duration;
 use bytes::Bytes;
 use parking_lot::Mutex;
 use primed::backend::remote::REQUEST_METADATA_KEY;
-use primed::cas::Digest;
+use primed::cas::{Digest, DigestFunction};
 use primed::reapi::action_cache_server::{ActionCache, ActionCacheServer};
 use primed::reapi::build::bazel::remote::execution::v2::*;
 use primed::reapi::capabilities_server::{Capabilities, CapabilitiesServer};
@@ -141,7 +141,11 @@ impl World {
     }
 
     pub fn put(&self, instance: &str, blob: Bytes) -> Digest {
-        let digest = Digest::of(&blob);
+        self.put_under(instance, DigestFunction::Sha256, blob)
+    }
+
+    fn put_under(&self, instance: &str, function: DigestFunction, blob: Bytes) -> Digest {
+        let digest = function.of(&blob);
         self.state
             .lock()
             .blobs
@@ -196,7 +200,11 @@ impl World {
     /// The input files of an action by path; `None` if anything is missing.
     pub fn inputs(&self, run: &Run) -> Option<BTreeMap<String, Bytes>> {
         let action = self.action(run)?;
-        let root = Digest::try_from(action.input_root_digest.as_ref()?).ok()?;
+        let root = run
+            .action
+            .function()
+            .read(action.input_root_digest.as_ref())
+            .ok()?;
         self.files(&run.instance, root)
     }
 
@@ -206,17 +214,18 @@ impl World {
 
     /// The files of a tree by path; `None` if anything is missing.
     pub fn files(&self, instance: &str, root: Digest) -> Option<BTreeMap<String, Bytes>> {
+        let function = root.function();
         let mut files = BTreeMap::new();
         let mut open = vec![(String::new(), root)];
         while let Some((path, directory)) = open.pop() {
             let directory = Directory::decode(self.blob(instance, directory)?).ok()?;
             for file in &directory.files {
-                let digest = Digest::try_from(file.digest.as_ref()?).ok()?;
+                let digest = function.read(file.digest.as_ref()).ok()?;
                 let path = format!("{path}{}", file.name);
                 files.insert(path, self.blob(instance, digest)?);
             }
             for child in &directory.directories {
-                let digest = Digest::try_from(child.digest.as_ref()?).ok()?;
+                let digest = function.read(child.digest.as_ref()).ok()?;
                 open.push((format!("{path}{}/", child.name), digest));
             }
         }
@@ -386,9 +395,11 @@ fn timeout<T>(request: &Request<T>) -> Option<Duration> {
     Some(unit * digits.parse::<u32>().unwrap())
 }
 
-fn digest(proto: Option<&primed::reapi::Digest>) -> Result<Digest, Status> {
-    proto
-        .and_then(|proto| Digest::try_from(proto).ok())
+/// A digest in a request that says `named` of its digest function.
+fn digest(proto: Option<&primed::reapi::Digest>, named: i32) -> Result<Digest, Status> {
+    let function = proto.and_then(|proto| DigestFunction::of_request(named, proto));
+    function
+        .and_then(|function| function.read(proto).ok())
         .ok_or_else(|| Status::invalid_argument("no digest"))
 }
 
@@ -437,7 +448,7 @@ impl ActionCache for Service {
     ) -> Result<Response<ActionResult>, Status> {
         let (speculative, timeout) = (is_primed(&request), timeout(&request));
         let request = request.into_inner();
-        let action = digest(request.action_digest.as_ref())?;
+        let action = digest(request.action_digest.as_ref(), request.digest_function)?;
         let mut state = self.0.state.lock();
         if !speculative {
             state.lookups.push(Lookup { action, timeout });
@@ -456,7 +467,7 @@ impl ActionCache for Service {
             return Err(Status::permission_denied("no updates"));
         }
         let request = request.into_inner();
-        let action = digest(request.action_digest.as_ref())?;
+        let action = digest(request.action_digest.as_ref(), request.digest_function)?;
         let result = request.action_result.unwrap_or_default();
         let mut state = self.0.state.lock();
         let name = (request.instance_name, action);
@@ -474,7 +485,7 @@ impl ContentAddressableStorage for Service {
         let request = request.into_inner();
         let mut missing_blob_digests = Vec::new();
         for proto in request.blob_digests {
-            let digest = digest(Some(&proto))?;
+            let digest = digest(Some(&proto), request.digest_function)?;
             if self.0.blob(&request.instance_name, digest).is_none() {
                 missing_blob_digests.push(proto);
             }
@@ -491,11 +502,14 @@ impl ContentAddressableStorage for Service {
         let request = request.into_inner();
         let mut responses = Vec::new();
         for blob in request.requests {
-            let code = match digest(blob.digest.as_ref())? == Digest::of(&blob.data) {
+            let digest = digest(blob.digest.as_ref(), request.digest_function)?;
+            let kept = self
+                .0
+                .put_under(&request.instance_name, digest.function(), blob.data);
+            let code = match kept == digest {
                 true => Code::Ok,
                 false => Code::InvalidArgument,
             };
-            self.0.put(&request.instance_name, blob.data);
             responses.push(batch_update_blobs_response::Response {
                 digest: blob.digest,
                 status: Some(status(code)),
@@ -512,7 +526,8 @@ impl ContentAddressableStorage for Service {
         let request = request.into_inner();
         let mut responses = Vec::new();
         for proto in request.digests {
-            let blob = self.0.blob(&request.instance_name, digest(Some(&proto))?);
+            let digest = digest(Some(&proto), request.digest_function)?;
+            let blob = self.0.blob(&request.instance_name, digest);
             let code = blob.as_ref().map_or(Code::NotFound, |_| Code::Ok);
             let data = blob.unwrap_or_default();
             responses.push(batch_read_blobs_response::Response {
@@ -575,19 +590,26 @@ impl ByteStream for Service {
         }
         let (instance, digest) = resource(&name)?;
         let committed_size = blob.len() as i64;
-        if self.0.put(&instance, blob.into()) != digest {
+        if self.0.put_under(&instance, digest.function(), blob.into()) != digest {
             return Err(Status::invalid_argument("another digest"));
         }
         Ok(Response::new(WriteResponse { committed_size }))
     }
 }
 
-/// `[INSTANCE/][uploads/UUID/]blobs/HASH/SIZE`
+/// `[INSTANCE/][uploads/UUID/]blobs/[FUNCTION/]HASH/SIZE`
 fn resource(name: &str) -> Result<(String, Digest), Status> {
     let malformed = || Status::invalid_argument(name.to_owned());
     let (before, digest) = name.rsplit_once("blobs/").ok_or_else(malformed)?;
     let instance = before.split("uploads/").next().unwrap_or_default();
-    let digest = digest.parse().map_err(|_| malformed())?;
+    let digest = match digest.strip_prefix("blake3/") {
+        Some(digest) => {
+            let inferred: Digest = digest.parse().map_err(|_| malformed())?;
+            DigestFunction::Blake3.read(Some(&inferred.to_proto()))
+        }
+        None => digest.parse(),
+    };
+    let digest = digest.map_err(|_| malformed())?;
     Ok((instance.trim_end_matches('/').to_owned(), digest))
 }
 
@@ -599,7 +621,7 @@ impl Execution for Service {
     ) -> Result<Response<BoxStream<Operation>>, Status> {
         let (speculative, timeout) = (is_primed(&request), timeout(&request));
         let request = request.into_inner();
-        let action = digest(request.action_digest.as_ref())?;
+        let action = digest(request.action_digest.as_ref(), request.digest_function)?;
         let world = self.0.clone();
         let command = command(&world, &request.instance_name, action);
         let run = Run {
@@ -725,7 +747,10 @@ impl World {
     fn finish(&self, run: &Run, files: Vec<(String, Bytes)>) -> ActionResult {
         let output_files = files.into_iter().map(|(path, content)| OutputFile {
             path,
-            digest: Some(self.put(&run.instance, content).to_proto()),
+            digest: Some(
+                self.put_under(&run.instance, run.action.function(), content)
+                    .to_proto(),
+            ),
             ..OutputFile::default()
         });
         let seconds = |seconds| Some(prost_types::Timestamp { seconds, nanos: 0 });
@@ -750,8 +775,9 @@ impl World {
 }
 
 fn command(world: &World, instance: &str, action: Digest) -> Option<Command> {
+    let function = action.function();
     let action = Action::decode(world.blob(instance, action)?).ok()?;
-    let command = digest(action.command_digest.as_ref()).ok()?;
+    let command = function.read(action.command_digest.as_ref()).ok()?;
     Command::decode(world.blob(instance, command)?).ok()
 }
 

@@ -19,7 +19,7 @@ use std::time::Duration;
 use bytes::Bytes;
 use hyper_util::rt::TokioIo;
 use primed::backend::remote::REQUEST_METADATA_KEY;
-use primed::cas::Digest;
+use primed::cas::{Digest, DigestFunction};
 use primed::reapi;
 use primed::reapi::action_cache_client::ActionCacheClient;
 use primed::reapi::build::bazel::remote::execution::v2::*;
@@ -71,6 +71,7 @@ pub struct Build {
     workspace: PathBuf,
     metadata: MetadataValue<tonic::metadata::Binary>,
     pub instance: String,
+    pub digest_function: DigestFunction,
 }
 
 impl Build {
@@ -115,12 +116,26 @@ impl Build {
             workspace: workspace.to_owned(),
             metadata: MetadataValue::from_bytes(&metadata.encode_to_vec()),
             instance: String::new(),
+            digest_function: DigestFunction::Sha256,
         }
     }
 
     pub fn on_instance(mut self, instance: &str) -> Self {
         self.instance = instance.to_owned();
         self
+    }
+
+    pub fn hashed_with(mut self, function: DigestFunction) -> Self {
+        self.digest_function = function;
+        self
+    }
+
+    /// What its requests say of the digest function: like recc's, nothing that can be inferred.
+    fn named_function(&self) -> i32 {
+        match self.digest_function {
+            DigestFunction::Blake3 => DigestFunction::Blake3.to_proto(),
+            _ => 0,
+        }
     }
 
     /// Says of itself what `metadata` says, and nothing of its process.
@@ -154,7 +169,7 @@ impl Build {
     /// An action on an input tree that there is already.
     pub fn action_on(&self, root: Digest, command: &str, output: &str) -> Action {
         let mut blobs = HashMap::new();
-        let command = command_of(command, output, &mut blobs);
+        let command = command_under(root.function(), command, output, &mut blobs);
         Action::of(command, root, output, false, blobs)
     }
 
@@ -166,13 +181,14 @@ impl Build {
         });
         let mut blobs = HashMap::new();
         let files: Vec<(String, Bytes)> = files.collect();
-        let root = tree(&files, &mut blobs);
+        let function = self.digest_function;
+        let root = tree_under(function, &files, &mut blobs);
         let mut root = blobs[&root].to_vec();
         if recipe.odd_root {
             root.extend([0xf8, 0x3f, 1]); // field 1023
         }
-        let root = keep(&mut blobs, root.into());
-        let command = command_of(recipe.command, recipe.output, &mut blobs);
+        let root = keep_under(function, &mut blobs, root.into());
+        let command = command_under(function, recipe.command, recipe.output, &mut blobs);
         Action::of(command, root, recipe.output, recipe.do_not_cache, blobs)
     }
 
@@ -189,6 +205,7 @@ impl Build {
         let mut request = self.request(GetActionResultRequest {
             instance_name: self.instance.clone(),
             action_digest: Some(action.to_proto()),
+            digest_function: self.named_function(),
             ..GetActionResultRequest::default()
         });
         if let Some(timeout) = timeout {
@@ -213,7 +230,7 @@ impl Build {
         let message = BatchUpdateBlobsRequest {
             instance_name: self.instance.clone(),
             requests: requests.collect(),
-            ..BatchUpdateBlobsRequest::default()
+            digest_function: self.named_function(),
         };
         ContentAddressableStorageClient::new(self.channel.clone())
             .max_encoding_message_size(64 * 1024 * 1024)
@@ -242,6 +259,7 @@ impl Build {
             instance_name: self.instance.clone(),
             action_digest: Some(action.to_proto()),
             skip_cache_lookup,
+            digest_function: self.named_function(),
             ..ExecuteRequest::default()
         });
         if let Some(timeout) = timeout {
@@ -328,7 +346,7 @@ impl Action {
             ..reapi::Action::default()
         };
         Action {
-            digest: keep(&mut blobs, action.encode_to_vec().into()),
+            digest: keep_under(root.function(), &mut blobs, action.encode_to_vec().into()),
             blobs,
             output: output.to_owned(),
         }
@@ -336,12 +354,21 @@ impl Action {
 }
 
 pub fn command_of(words: &str, output: &str, blobs: &mut HashMap<Digest, Bytes>) -> Digest {
+    command_under(DigestFunction::Sha256, words, output, blobs)
+}
+
+fn command_under(
+    function: DigestFunction,
+    words: &str,
+    output: &str,
+    blobs: &mut HashMap<Digest, Bytes>,
+) -> Digest {
     let command = reapi::Command {
         arguments: words.split(' ').map(str::to_owned).collect(),
         output_paths: vec![output.to_owned()],
         ..reapi::Command::default()
     };
-    keep(blobs, command.encode_to_vec().into())
+    keep_under(function, blobs, command.encode_to_vec().into())
 }
 
 /// A channel that connects to the Unix socket `server` when it is first used.
@@ -360,13 +387,25 @@ pub fn connect(server: &Path) -> Channel {
 
 /// Puts a blob with the others.
 pub fn keep(blobs: &mut HashMap<Digest, Bytes>, blob: Bytes) -> Digest {
-    let digest = Digest::of(&blob);
+    keep_under(DigestFunction::Sha256, blobs, blob)
+}
+
+fn keep_under(function: DigestFunction, blobs: &mut HashMap<Digest, Bytes>, blob: Bytes) -> Digest {
+    let digest = function.of(&blob);
     blobs.insert(digest, blob);
     digest
 }
 
 /// The canonical tree of `files`, by path. Returns its root.
 pub fn tree(files: &[(String, Bytes)], blobs: &mut HashMap<Digest, Bytes>) -> Digest {
+    tree_under(DigestFunction::Sha256, files, blobs)
+}
+
+fn tree_under(
+    function: DigestFunction,
+    files: &[(String, Bytes)],
+    blobs: &mut HashMap<Digest, Bytes>,
+) -> Digest {
     let mut directory = Directory::default();
     let mut below: std::collections::BTreeMap<String, Vec<(String, Bytes)>> = Default::default();
     for (path, content) in files {
@@ -377,7 +416,7 @@ pub fn tree(files: &[(String, Bytes)], blobs: &mut HashMap<Digest, Bytes>) -> Di
                 .push((rest.to_owned(), content.clone())),
             None => directory.files.push(FileNode {
                 name: path.clone(),
-                digest: Some(keep(blobs, content.clone()).to_proto()),
+                digest: Some(keep_under(function, blobs, content.clone()).to_proto()),
                 ..FileNode::default()
             }),
         }
@@ -388,10 +427,10 @@ pub fn tree(files: &[(String, Bytes)], blobs: &mut HashMap<Digest, Bytes>) -> Di
     for (name, files) in below {
         directory.directories.push(DirectoryNode {
             name,
-            digest: Some(tree(&files, blobs).to_proto()),
+            digest: Some(tree_under(function, &files, blobs).to_proto()),
         });
     }
-    keep(blobs, directory.encode_to_vec().into())
+    keep_under(function, blobs, directory.encode_to_vec().into())
 }
 
 /// The response of an operation that must end well.

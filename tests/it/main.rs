@@ -31,4 +31,5 @@ mod subactions;
 mod support;
 mod upstream_faults;
 mod upstreams;
+mod users;
 mod wire;

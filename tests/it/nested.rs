@@ -502,7 +502,7 @@ fn when_a_dependency_is_built_all_nested_calls_are_primed_of_elements_that_nobod
             stage.build(&["program.bst"]);
             assert_eq!(stage.sum("program.bst"), sum_of(dep, 6));
             for element in ["library.bst", "program.bst"] {
-                all_primed(stage.worker, &stage.parents(element, dep));
+                all_primed(&stage.parents(element, dep));
             }
             assert_eq!(stage.adapted() - before, 2 * NESTED, "as was foreseen");
             for element in ["library", "program"] {

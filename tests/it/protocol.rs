@@ -6,6 +6,7 @@
     reason = "a test that cannot set the stage fails"
 )]
 
+mod isolation;
 mod observed_changes;
 
 use std::path::PathBuf;
@@ -100,7 +101,7 @@ impl Stage {
 
     fn output(&self, build: &Build, result: &ActionResult) -> bytes::Bytes {
         let digest = result.output_files[0].digest.as_ref().unwrap();
-        let digest = Digest::try_from(digest).unwrap();
+        let digest = build.digest_function.read(Some(digest)).unwrap();
         self.backend.world.blob(&build.instance, digest).unwrap()
     }
 

@@ -42,6 +42,17 @@ impl Stage {
         stage
     }
 
+    /// Its client and its backend hash with `function`.
+    fn hashed_with(function: &str) -> Self {
+        let scratch = scratch();
+        let argument = format!("--digest-function={function}");
+        let casd = Casd::start_with(scratch.path(), 4, &[&argument]);
+        let primed = Primed::start(scratch.path(), &casd.address());
+        let server = primed.address();
+        let variables = [("RECC_CAS_DIGEST_FUNCTION", function)];
+        Stage::begin(scratch, casd, primed, &server, &variables)
+    }
+
     fn begin(
         scratch: TempDir,
         casd: Casd,
@@ -223,6 +234,50 @@ fn clients_that_leave_hashing_to_casd_are_primed_too() {
     let counts = stage.rebuild();
     stage.assert_primed(counts, 1, ALL - 1);
     assert_eq!(stage.project.run(), sum(2, 1));
+}
+
+#[test]
+fn under_each_digest_function_that_recc_and_casd_speak_a_header_change_is_primed() {
+    for function in ["SHA512", "SHA384", "SHA1", "MD5"] {
+        let mut stage = Stage::hashed_with(function);
+        stage.common(2);
+        let counts = stage.rebuild();
+        println!("{function}: {counts:?}");
+        stage.assert_primed(counts, 1, ALL - 1);
+        assert_eq!(stage.project.run(), sum(2, 1), "{function}");
+
+        // What was recorded is read back as what it was.
+        stage.primed = stage.primed.restart(&stage.casd.address());
+        stage.project.write("few.in", "3\n");
+        let counts = stage.build();
+        let few = FEW as u64;
+        stage.assert_primed(counts, ALL - few - 1, few + 1);
+        assert_eq!(stage.project.run(), sum(2, 3), "{function}");
+    }
+}
+
+#[test]
+fn when_client_and_backend_begin_to_hash_otherwise_all_is_recorded_anew_and_primed() {
+    let mut stage = Stage::set(&[]);
+    stage.casd.daemon.kill();
+    let directory = stage.primed.directory.clone();
+    std::fs::remove_file(stage.casd.socket()).unwrap();
+    std::fs::remove_dir_all(directory.join("casd")).unwrap();
+    stage.casd = Casd::start_with(&directory, 4, &["--digest-function=SHA512"]);
+    stage.project = stage.project.with("RECC_CAS_DIGEST_FUNCTION", "SHA512");
+    stage.common(2);
+    let counts = stage.rebuild();
+    assert_eq!((counts.asked, counts.missed), (ALL, ALL), "{counts:?}");
+    let refused = || {
+        let log = stage.primed.daemon.log();
+        log.matches("Unsupported digest function").count()
+    };
+    let before = refused();
+    stage.common(3);
+    let counts = stage.rebuild();
+    stage.assert_primed(counts, 1, ALL - 1);
+    assert_eq!(refused(), before, "the old records are left alone");
+    assert_eq!(stage.project.run(), sum(3, 1));
 }
 
 #[test]
