@@ -285,7 +285,7 @@ impl FakeBackend {
             kept_open: watch::Sender::default(),
             done: watch::Sender::default(),
             damage: Mutex::new(false),
-            takes_updates: Mutex::new(true),
+            takes_updates: Mutex::new(false),
             authorization: Mutex::default(),
         });
         let socket = directory.join("backend.sock");

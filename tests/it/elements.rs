@@ -139,6 +139,13 @@ impl Stage {
         Stage::set_with(&[])
     }
 
+    /// With a primed that shares what it records, and a backend that takes that.
+    fn sharing() -> Self {
+        let stage = Stage::set_with(&["--share"]);
+        *stage.backend.world.takes_updates.lock() = true;
+        stage
+    }
+
     fn set_with(arguments: &[&str]) -> Self {
         let scratch = scratch();
         let backend = FakeBackend::start(scratch.path());
@@ -990,7 +997,7 @@ async fn shared(stage: &Stage) {
 
 #[tokio::test]
 async fn another_machine_primes_elements_and_their_dependents_from_what_the_first_one_shared() {
-    let first = Stage::set_with(&["--share"]);
+    let first = Stage::sharing();
     build_both(&first, "one", &[]).await;
     shared(&first).await;
     let second = first.second_machine();
@@ -1008,7 +1015,7 @@ async fn another_machine_primes_elements_and_their_dependents_from_what_the_firs
 
 #[tokio::test]
 async fn a_backend_that_takes_no_updates_is_read_from_and_that_is_said_once() {
-    let first = Stage::set_with(&["--share"]);
+    let first = Stage::sharing();
     build_both(&first, "one", &[]).await;
     shared(&first).await;
     *first.backend.world.takes_updates.lock() = false;
