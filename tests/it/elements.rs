@@ -18,6 +18,7 @@ use primed::cas::Digest;
 use primed::reapi::build::bazel::remote::execution::v2::*;
 use primed::reapi::google::longrunning::Operation;
 use prost::Message;
+use serde_json::Value;
 use tempfile::TempDir;
 use tonic::Streaming;
 
@@ -46,6 +47,7 @@ struct Stage {
 /// An element that is being built.
 struct Element<'a> {
     stage: &'a Stage,
+    label: String,
     action: Action,
     operations: Streaming<Operation>,
     client: Build,
@@ -228,17 +230,11 @@ impl Stage {
         self.backend.world.keep_open(action.digest);
         let operations = client.execute(action.digest, false).await.unwrap();
         let label = format!("action in {}", directory_of(name));
-        self.until("the element is known", || {
-            let builds = &self.primed.status()["builds"];
-            let builds = builds.as_array().unwrap();
-            let mut open = builds
-                .iter()
-                .filter(|build| build["ended_unix_ms"].is_null());
-            open.any(|build| build["label"] == label.as_str())
-        })
-        .await;
+        self.until("the element is known", || self.open_build(&label).is_some())
+            .await;
         Element {
             stage: self,
+            label,
             action,
             operations,
             client,
@@ -248,6 +244,14 @@ impl Stage {
             ways: Vec::new(),
             subactions: Vec::new(),
         }
+    }
+
+    /// What `primed status` says of an element that is being built.
+    fn open_build(&self, label: &str) -> Option<Value> {
+        let status = self.primed.status();
+        let mut builds = status["builds"].as_array().unwrap().iter();
+        let is_it = |build: &&Value| build["label"] == label && build["ended_unix_ms"].is_null();
+        builds.find(is_it).cloned()
     }
 
     /// The commands that primed has executed by itself, in order, when there are `count` of them
@@ -364,9 +368,20 @@ impl Element<'_> {
             .map(|(path, content)| ((*path).to_owned(), (*content).clone()))
             .collect();
         let Element { stage, action, .. } = self;
+        // A result waits for what is not attributed yet, but on a busy machine not for long enough.
+        let run = match self.between {
+            Between::SilentProxy => 0,
+            _ => self.subactions.len() as u64,
+        };
+        stage
+            .until("what was run inside is known", || {
+                let build = stage.open_build(&self.label);
+                build.is_some_and(|build| build["asked"].as_u64().unwrap() >= run)
+            })
+            .await;
         stage.artifacts.lock().insert(action.digest, files.clone());
-        stage.backend.world.let_end(action.digest);
         let recorded = stage.recorded();
+        stage.backend.world.let_end(action.digest);
         let result = last(self.operations).await.result.unwrap();
         assert_eq!(result.exit_code, 0);
         if self.between != Between::SilentProxy {
