@@ -24,17 +24,21 @@ use crate::reapi::RequestMetadata;
 /// How buildbox-casd marks calls that it makes for others: at the end of the tool's name.
 const BY_PROXY: &str = "(via buildbox-casd)";
 
+/// How those call themselves that execute actions (buildbox-run, buildbox-worker): what they ask for
+/// is where the outputs of their action are to be uploaded.
+const WORKER: &str = "buildbox-";
+
 /// How long others may be kept waiting for their turn.
 const MAX_LOOKUP: Duration = Duration::from_secs(2);
 
 /// A proxy that executes what is primed has the result so much earlier than primed, at most.
 const MAX_LANDING: Duration = Duration::from_millis(500);
 
-/// The action for which a proxy makes a call, if it is one that says so.
+/// The action for which a proxy makes a call for a client, if it says so.
 pub fn action_of_proxy(metadata: &RequestMetadata) -> Option<Digest> {
     let tool = metadata.tool_details.as_ref()?;
-    let is_proxy = tool.tool_name.ends_with(BY_PROXY);
-    is_proxy.then(|| metadata.action_id.parse().ok()).flatten()
+    let is_client = tool.tool_name.ends_with(BY_PROXY) && !tool.tool_name.starts_with(WORKER);
+    is_client.then(|| metadata.action_id.parse().ok()).flatten()
 }
 
 /// Hits that are looked up, one behind the other.
@@ -91,6 +95,7 @@ impl Engine {
         turn.comes().await;
         // What is not there was no hit; a backend that fails is noticed elsewhere.
         let Ok(Ok(Some(result))) = found else { return };
+        tracing::debug!(action = %key.action, "a proxy has answered a lookup");
         let answer = Answer::of_message(grpc::framed(&Bytes::from(result.encode_to_vec())));
         self.observe(Observation::Lookup(Call {
             origin,
@@ -142,6 +147,7 @@ mod tests {
         let id = digest.to_string();
         assert_eq!(call("recc (via buildbox-casd)", &id), Some(digest));
         assert_eq!(call("recc", &id), None);
+        assert_eq!(call("buildbox-run (via buildbox-casd)", &id), None);
         assert_eq!(call("siso (via buildbox-casd)", "a1b2"), None);
         assert_eq!(action_of_proxy(&RequestMetadata::default()), None);
     }
