@@ -296,18 +296,8 @@ impl State {
             }
             Observation::Executing { origin, key } => {
                 self.nested.ask(&origin, &key, true);
-                let function = key.action.function();
-                let parent = self
-                    .build_of(&origin)
-                    .caller
-                    .parent(&key.instance, function);
-                let own = Group::Invocation(parent.weak_key());
-                let open = self.nested.open().map(|(_, open)| &open.group);
-                for group in open.chain([&own]) {
-                    if let Some(priming) = self.primings.get(group) {
-                        priming.tell(Message::Executing { key: key.clone() });
-                    }
-                }
+                let (parent, _) = self.asked_by(&origin, &key);
+                self.tell_primings(parent, || Message::Executing { key: key.clone() });
             }
             Observation::Lookup(call) => self.answered(Answered::Lookup(call)),
             Observation::Execution(call) => self.answered(Answered::Execution(call)),
@@ -315,28 +305,38 @@ impl State {
                 if self.has_action_parents(&key.instance) {
                     self.nested.ask(&origin, &key, false);
                 }
-                let build = self.build_of(&origin);
-                let function = key.action.function();
-                let parent = build.caller.parent(&key.instance, function);
-                let number = build.number;
-                let own = Group::Invocation(parent.weak_key());
-                self.begin_asked(parent, number);
-                let open = self.nested.open().map(|(_, open)| &open.group);
+                let (parent, build) = self.asked_by(&origin, &key);
+                self.begin_asked(parent.clone(), build);
                 let (asked, reply) = (Instant::now(), Arc::new(reply));
-                for group in open.chain([&own]) {
-                    if let Some(priming) = self.primings.get(group) {
-                        priming.tell(Message::Question {
-                            key: key.clone(),
-                            asked,
-                            reply: reply.clone(),
-                        });
-                    }
-                }
+                self.tell_primings(parent, || Message::Question {
+                    key: key.clone(),
+                    asked,
+                    reply: reply.clone(),
+                });
             }
             // Answered when it is known on whose behalf all was asked for that came before.
             Observation::Completing { key, reply } => self.nested.complete(&key, reply),
             Observation::Disconnected(peer) => {
                 self.callers.forget_connection(peer);
+            }
+        }
+    }
+
+    /// The parent that a call about `key` belongs to if it is for no other action, and the number
+    /// of its build.
+    fn asked_by(&mut self, origin: &CallOrigin, key: &FlightKey) -> (ParentIdentity, u64) {
+        let build = self.build_of(origin);
+        let function = key.action.function();
+        (build.caller.parent(&key.instance, function), build.number)
+    }
+
+    /// Tells the priming of `parent`, and those of all open action parents, what a call is about.
+    fn tell_primings(&self, parent: ParentIdentity, message: impl Fn() -> Message) {
+        let own = Group::Invocation(parent.weak_key());
+        let open = self.nested.open().map(|(_, open)| &open.group);
+        for group in open.chain([&own]) {
+            if let Some(priming) = self.primings.get(group) {
+                priming.tell(message());
             }
         }
     }
