@@ -2,14 +2,17 @@
 # start and stop with it, one timed build, and the figures of `primed status`. Sourced, never run.
 #
 # After sourcing:
-#   $repo     the repository            $tools   where recc and buildbox are
+#   $repo     the repository            $tools   where recc and buildbox are: what PRIMED_TOOLS
+#                                                names, or what scripts/tools installs
 #   $run      this run's own folder     $sockets a folder with a short name (a socket's path is
 #   $primed   the primed to measure              limited to about 100 characters)
 #   $peers    the load generator and fast server of benches/proxy, after build_peers
+#   $crates   sources of C and C++ projects, after fetch_crate
 # shellcheck shell=bash
 
 repo=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-tools=$repo/target/tools
+tools=${PRIMED_TOOLS:-$repo/target/tools}
+crates=$repo/target/crates
 primed=${PRIMED:-}
 peers=${PEERS:-}
 program=${0##*/}
@@ -34,7 +37,7 @@ prepare() {
         command -v "$command" >/dev/null || die "$command is missing." \
             "On Debian: apt-get install build-essential; Rust comes from https://rustup.rs"
     done
-    "$repo/scripts/tools" recc
+    if [[ ! ${PRIMED_TOOLS:-} ]]; then "$repo/scripts/tools" recc; fi
     PATH=$PATH:$tools/bin # after the host's own: it only adds a make where there is none
 
     if [[ -z $primed ]]; then
@@ -46,6 +49,7 @@ prepare() {
     # A user's own settings would measure something else.
     local name
     for name in ${!RECC_@} ${!PRIMED_@}; do unset "$name"; done
+    export PRIMED_CONFIG=none
 
     mkdir -p "$repo/target/$program"
     run=$(mktemp -d "$repo/target/$program/run.XXXXXX")
@@ -62,10 +66,60 @@ prepare() {
 build_peers() {
     if [[ $peers ]]; then return; fi
     say "building the load generator"
-    peers=$(cargo bench --quiet --locked --no-run --bench proxy --manifest-path "$repo/Cargo.toml" \
+    peers=$(built_bench proxy)
+}
+
+# built_bench NAME: builds a program of benches/ and says where it is.
+built_bench() {
+    local program
+    program=$(cargo bench --quiet --locked --no-run --bench "$1" --manifest-path "$repo/Cargo.toml" \
         --target-dir "$repo/target" --message-format=json-render-diagnostics |
         sed -n '/"kind":\["bench"\]/s/.*"executable":"\([^"]*\)".*/\1/p')
-    [[ -x $peers ]] || die "cargo built no load generator."
+    [[ -x $program ]] || die "cargo built no benches/$1."
+    echo "$program"
+}
+
+# fetch_crate NAME VERSION: a crate that carries C or C++ sources, in $crates/NAME-VERSION.
+fetch_crate() {
+    if [[ -d $crates/$1-$2 ]]; then return; fi
+    say "fetching sources: crate $1 $2"
+    local scratch=$run/fetch.$1
+    mkdir -p "$scratch/src" "$crates"
+    : >"$scratch/src/lib.rs"
+    cat >"$scratch/Cargo.toml" <<-END
+	[package]
+	name = "fetch"
+	version = "0.0.0"
+	edition = "2021"
+	[dependencies]
+	$1 = "=$2"
+	[workspace]
+	END
+    (cd "$scratch" && cargo vendor --quiet --versioned-dirs vendor >/dev/null) ||
+        die "the crate $1 $2 could not be fetched; cargo's own words are above."
+    mv -T "$scratch/vendor/$1-$2" "$crates/$1-$2" || [[ -d $crates/$1-$2 ]] # another run was first
+}
+
+# measure_builds PROGRAM ARGUMENT...: has benches/gain/PROGRAM measure builds on a simulated cluster.
+# What the cluster's workers have once executed is kept under target/, and so are the sources.
+measure_builds() {
+    local python worker=${WORKER:-} name
+    if ! python=$(type -P python3) || ! "$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))'; then
+        if [[ $tools == "$repo/target/tools" ]]; then "$repo/scripts/tools" grpcio; fi
+        python=$tools/grpcio/python-old
+    fi
+    for name in gcc g++; do
+        command -v "$name" >/dev/null || die "$name is missing." "On Debian: apt-get install build-essential"
+    done
+    fetch_crate lua-src 551.1.0
+    fetch_crate mbedtls-sys-auto 2.28.15
+    fetch_crate physx-sys 0.11.5
+    if [[ ! $worker ]]; then
+        say "building the simulated cluster's worker"
+        worker=$(built_bench cluster)
+    fi
+    "$python" -B "$repo/benches/gain/$1" --tools "$tools" --primed "$primed" --worker "$worker" --crates "$crates" \
+        --run "$run" --sockets "$sockets" --memo "$repo/target/cluster" "${@:2}"
 }
 
 # finish: stops the servers, newest first; keeps the logs only of a run that failed by itself.
@@ -125,11 +179,16 @@ casd_answers() {
 }
 
 # start_primed NAME UPSTREAM [OPTION...]: primed with nothing recorded, at $sockets/NAME.
-start_primed() {
-    local name=$1 upstream=$2
-    shift 2
-    serve "$name" "$primed" serve --upstream "unix:$sockets/$upstream" --listen "unix:$sockets/$name" \
-        --admin "unix:$sockets/$name.admin" --state-dir "$run/$name.state" "$@"
+start_primed() { start_serve "$1" --upstream "unix:$sockets/$2" "${@:3}"; }
+
+# start_embedded NAME JOBS [OPTION...]: the same, which executes by itself, with nothing cached.
+start_embedded() { start_serve "$1" --cache-dir "$run/$1.cache" --jobs "$2" "${@:3}"; }
+
+start_serve() {
+    local name=$1
+    shift
+    serve "$name" "$primed" serve --listen "unix:$sockets/$name" --admin "unix:$sockets/$name.admin" \
+        --state-dir "$run/$name.state" "$@"
     until_ready "$name" "$primed" status --admin "unix:$sockets/$name.admin"
 }
 
@@ -159,8 +218,13 @@ newest_build() {
 
 # timed_make LOG SERVER DIR JOBS: runs make in DIR with recc at $sockets/SERVER; sets wall_ms.
 timed_make() {
+    timed "$1" env RECC_SERVER="unix:$sockets/$2" RECC_LINK=1 make -C "$3" -j"$4" RECC="$tools/bin/recc"
+}
+
+# timed LOG COMMAND...: runs a build, whose output goes to $run/LOG.log; sets wall_ms.
+timed() {
     local log=$run/$1.log began=${EPOCHREALTIME/[.,]/}
-    RECC_SERVER=unix:$sockets/$2 RECC_LINK=1 make -C "$3" -j"$4" RECC="$tools/bin/recc" >"$log" 2>&1 || {
+    "${@:2}" >"$log" 2>&1 || {
         tail -n 20 "$log" >&2
         die "the build failed; the end of its log is above."
     }

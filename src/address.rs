@@ -11,6 +11,8 @@ use serde::Serialize;
 /// Where something listens, or is to be reached.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub enum Address {
+    /// The backend within primed itself; an upstream only.
+    Embedded,
     /// A Unix socket in the file system.
     Unix(PathBuf),
     /// A Unix socket in Linux's abstract namespace, without the leading NUL.
@@ -43,13 +45,16 @@ impl Address {
             Address::Tcp { host, port } | Address::Tls { host, port } => {
                 Some(format!("{}:{port}", Bracketed(host)))
             }
-            Address::Unix(_) | Address::Abstract(_) => None,
+            Address::Embedded | Address::Unix(_) | Address::Abstract(_) => None,
         }
     }
 
     /// Whether it is reached by a Unix socket, so that the kernel knows who connects.
     pub fn is_unix(&self) -> bool {
-        matches!(self, Address::Unix(_) | Address::Abstract(_))
+        matches!(
+            self,
+            Address::Embedded | Address::Unix(_) | Address::Abstract(_)
+        )
     }
 }
 
@@ -70,7 +75,15 @@ impl FromStr for ListenAddress {
         Ok(match text.split_once(':') {
             None if text == "systemd" => ListenAddress::Passed(None),
             Some(("systemd", name)) => ListenAddress::Passed(Some(name.to_owned())),
-            _ => ListenAddress::At(text.parse()?),
+            _ => match text.parse()? {
+                Address::Embedded => {
+                    return Err(AddressError {
+                        text: text.to_owned(),
+                        reason: "it is an upstream only",
+                    });
+                }
+                address => ListenAddress::At(address),
+            },
         })
     }
 }
@@ -93,6 +106,9 @@ pub struct AddressError {
     reason: &'static str,
 }
 
+/// What stands for the backend within primed.
+const EMBEDDED: &str = "embedded";
+
 const FORMS: &str = "unix:PATH, unix-abstract:NAME, grpcs://HOST:PORT or https://HOST:PORT (TLS), \
                      grpc://HOST:PORT, http://HOST:PORT or HOST:PORT";
 
@@ -110,6 +126,9 @@ impl FromStr for Address {
             text: text.to_owned(),
             reason,
         };
+        if text == EMBEDDED {
+            return Ok(Address::Embedded);
+        }
         if let Some(name) = text.strip_prefix("unix-abstract:") {
             return match name.len() {
                 0 => Err(error("the name is empty")),
@@ -166,6 +185,7 @@ impl FromStr for Address {
 impl fmt::Display for Address {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
+            Address::Embedded => f.write_str(EMBEDDED),
             Address::Unix(path) => write!(f, "unix:{}", path.display()),
             Address::Abstract(name) => write!(f, "unix-abstract:{name}"),
             Address::Tcp { host, port } => write!(f, "{}:{port}", Bracketed(host)),
@@ -216,6 +236,7 @@ mod tests {
             ("grpcs://cas.example", "grpcs://cas.example:443"),
             ("https://[::1]", "grpcs://[::1]:443"),
             ("grpcs://[::1]:8980", "grpcs://[::1]:8980"),
+            ("embedded", "embedded"),
         ] {
             assert_eq!(
                 parse(text).map(|a| a.to_string()).as_deref(),
@@ -239,6 +260,8 @@ mod tests {
             assert_eq!(address.to_string(), text);
         }
         assert!(parse("systemd").is_err(), "nobody can dial it");
+        let embedded = "embedded".parse::<ListenAddress>().unwrap_err().to_string();
+        assert!(embedded.contains("upstream only"), "{embedded}");
     }
 
     #[test]

@@ -1,5 +1,8 @@
-//! The settings of `primed serve`: defaults < environment < flags, resolved once into one struct.
+//! The settings of `primed serve`: defaults < file < environment < flags, resolved once into one
+//! struct.
 
+pub mod embedded;
+pub mod file;
 pub mod upstream;
 
 use std::num::NonZero;
@@ -9,6 +12,7 @@ use std::time::Duration;
 use clap::ValueEnum;
 use serde::Serialize;
 
+use self::embedded::EmbeddedConfig;
 use self::upstream::{UpstreamConfig, UpstreamConfigError};
 use crate::address::{Address, AddressError, ListenAddress};
 use crate::tls::client::ClientTlsFiles;
@@ -67,11 +71,24 @@ pub struct Patience {
     pub keep_alive: Duration,
 }
 
+/// What may be spent; `None` is without end.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct BudgetLimits {
+    /// Executions for one build.
+    pub build_actions: Option<u64>,
+    /// Time of workers for one build.
+    pub build_time: Option<Duration>,
+    /// Time of workers in an hour.
+    pub hour_time: Option<Duration>,
+}
+
 /// Everything that `primed serve` needs to know.
 #[derive(Clone, Debug)]
 pub struct Config {
     /// Where calls are forwarded to.
     pub upstream: Address,
+    /// The backend within primed, where it is the upstream.
+    pub embedded: Option<EmbeddedConfig>,
     /// What happens to them on their way.
     pub on_the_way: UpstreamConfig,
     /// How upstreams that are reached by TLS are verified.
@@ -88,18 +105,29 @@ pub struct Config {
     pub max_streams: NonZero<u32>,
     /// Where `primed status` and `primed wait` connect.
     pub admin: Address,
+    /// Where metrics can be read, if they can.
+    pub metrics: Option<Address>,
     /// Where records are kept.
     pub state_dir: PathBuf,
     /// What is recorded and used.
     pub mode: Mode,
     /// Whether records are shared through the backend.
     pub share: bool,
+    /// Whether saving a file primes what reads it.
+    pub watch: bool,
     /// How many speculative actions run at once.
     pub max_speculative: NonZero<usize>,
+    /// How long an execution that a client has joined may be silent; `None`: that depends on how
+    /// long it took before.
+    pub hedge_after: Option<Duration>,
+    /// What priming may spend.
+    pub budgets: BudgetLimits,
     /// How long things may take on the way upstream.
     pub patience: Patience,
     /// Which client is to be pleased by a change to an answer.
     pub compat: Option<Compat>,
+    /// Whether it ends with the last `primed run` that uses it.
+    pub until_unused: bool,
 }
 
 /// Why the settings cannot be used.
@@ -140,9 +168,19 @@ pub enum ConfigError {
         /// What to write.
         hint: &'static str,
     },
-    /// The admin address is no local one.
-    #[error("--admin {0}: admin pages are not served by TLS; give a Unix socket")]
-    AdminTls(Address),
+    /// The embedded backend is to serve some calls only.
+    #[error("{0} embedded: the embedded backend serves all calls or none; leave --upstream out")]
+    EmbeddedFor(&'static str),
+    /// The admin address is one by TLS, or none of a socket.
+    #[error(
+        "--admin {0}: admin pages are served without TLS and by a socket of their own; give unix:PATH"
+    )]
+    Admin(Address),
+    /// The same of the address for metrics.
+    #[error(
+        "--metrics {0}: metrics are served without TLS and by a socket of their own; give HOST:PORT or unix:PATH"
+    )]
+    Metrics(Address),
 }
 
 /// The variables that defaults are made of.
@@ -152,6 +190,14 @@ pub struct Environment {
     pub runtime_dir: Option<PathBuf>,
     /// `XDG_STATE_HOME`.
     pub state_home: Option<PathBuf>,
+    /// `XDG_CACHE_HOME`.
+    pub cache_home: Option<PathBuf>,
+    /// `XDG_CONFIG_HOME`.
+    pub config_home: Option<PathBuf>,
+    /// `XDG_CONFIG_DIRS`.
+    pub config_dirs: Vec<PathBuf>,
+    /// `XDG_DATA_HOME`.
+    pub data_home: Option<PathBuf>,
     /// `HOME`.
     pub home: Option<PathBuf>,
     /// Whether the service manager passed sockets (`LISTEN_FDS`).
@@ -170,10 +216,40 @@ impl Environment {
         Environment {
             runtime_dir: path("XDG_RUNTIME_DIR"),
             state_home: path("XDG_STATE_HOME"),
+            cache_home: path("XDG_CACHE_HOME"),
+            config_home: path("XDG_CONFIG_HOME"),
+            config_dirs: std::env::var_os("XDG_CONFIG_DIRS")
+                .map(|list| std::env::split_paths(&list).collect())
+                .unwrap_or_default(),
+            data_home: path("XDG_DATA_HOME"),
             home: path("HOME"),
             // What is malformed is reported by whoever takes the sockets.
             has_passed_sockets: sd_notify::listen_fds().map_or(true, |sockets| sockets.len() > 0),
         }
+    }
+
+    /// Where settings are looked for unless told otherwise; what stands first outweighs the rest.
+    pub fn config_files(&self) -> Vec<PathBuf> {
+        let dirs = self.config_dirs.iter().filter(|dir| dir.is_absolute());
+        let mut dirs: Vec<_> = dirs.cloned().collect();
+        if dirs.is_empty() {
+            dirs.push("/etc/xdg".into());
+        }
+        let home = self.config_home();
+        let files = home.into_iter().chain(dirs);
+        files.map(|dir| dir.join("primed/primed.toml")).collect()
+    }
+
+    /// Where the user's own settings stand, primed's and others'.
+    pub fn config_home(&self) -> Option<PathBuf> {
+        let home = || Some(self.home.as_ref()?.join(".config"));
+        self.config_home.clone().or_else(home)
+    }
+
+    /// Where the user's own completions and man pages stand, among others.
+    pub fn data_home(&self) -> Option<PathBuf> {
+        let home = || Some(self.home.as_ref()?.join(".local/share"));
+        self.data_home.clone().or_else(home)
     }
 
     /// Where clients connect unless told otherwise: by the service manager's sockets, if there
@@ -212,6 +288,20 @@ impl Environment {
         Ok(state_home.join("primed"))
     }
 
+    /// Where the embedded backend keeps its blobs unless told otherwise.
+    ///
+    /// # Errors
+    /// `NoDefault` without `XDG_CACHE_HOME` and `HOME`.
+    pub fn default_cache_dir(&self) -> Result<PathBuf, ConfigError> {
+        let cache_home = self.cache_home.clone();
+        let cache_home = cache_home.or_else(|| Some(self.home.as_ref()?.join(".cache")));
+        let cache_home = cache_home.ok_or(ConfigError::NoDefault {
+            flag: "--cache-dir",
+            variable: "XDG_CACHE_HOME",
+        })?;
+        Ok(cache_home.join("primed"))
+    }
+
     fn socket(&self, name: &str, flag: &'static str) -> Result<Address, ConfigError> {
         let runtime_dir = self.runtime_dir.as_deref().ok_or(ConfigError::NoDefault {
             flag,
@@ -231,6 +321,12 @@ impl Config {
     /// `ConfigError`, with what is wrong.
     pub fn check(self) -> Result<Self, ConfigError> {
         self.on_the_way.check()?;
+        let embedded = self.upstreams().find(|(_, one)| **one == Address::Embedded);
+        match embedded {
+            Some(("--upstream", _)) => self.on_the_way.refuse_embedded()?,
+            Some((flag, _)) => return Err(ConfigError::EmbeddedFor(flag)),
+            None => {}
+        }
         let mut may_be_tls = false;
         let mut may_be_unix = false;
         for listen in &self.listen {
@@ -247,8 +343,14 @@ impl Config {
             }
         }
         let no_effect = |flag, reason, hint| ConfigError::NoEffect { flag, reason, hint };
-        if self.admin.is_tls() {
-            return Err(ConfigError::AdminTls(self.admin));
+        if self.admin.is_tls() || self.admin == Address::Embedded {
+            return Err(ConfigError::Admin(self.admin));
+        }
+        if let Some(metrics) = &self.metrics {
+            if metrics.is_tls() || *metrics == Address::Embedded {
+                return Err(ConfigError::Metrics(metrics.clone()));
+            }
+            self.refuse_loop(metrics)?;
         }
         if self.share && self.mode == Mode::None {
             let hint = "choose another mode";
@@ -299,10 +401,14 @@ impl Config {
     }
 }
 
+/// Local executions at once, unless told otherwise: one for each core.
+pub fn default_jobs() -> NonZero<usize> {
+    std::thread::available_parallelism().unwrap_or(NonZero::<usize>::MIN)
+}
+
 /// Speculative actions at once, unless told otherwise: two for each core.
 pub fn default_max_speculative() -> NonZero<usize> {
-    let cores = std::thread::available_parallelism().unwrap_or(NonZero::<usize>::MIN);
-    cores.saturating_mul(NonZero::<usize>::MIN.saturating_add(1))
+    default_jobs().saturating_mul(NonZero::<usize>::MIN.saturating_add(1))
 }
 
 #[cfg(test)]
@@ -313,9 +419,8 @@ mod tests {
     fn defaults_stand_in_the_xdg_directories() {
         let environment = Environment {
             runtime_dir: Some("/run/user/7".into()),
-            state_home: None,
             home: Some("/home/me".into()),
-            has_passed_sockets: false,
+            ..Environment::default()
         };
         let listen = environment.default_listen().unwrap();
         assert_eq!(
@@ -327,6 +432,31 @@ mod tests {
         assert_eq!(
             environment.default_state_dir(),
             Ok("/home/me/.local/state/primed".into())
+        );
+        let cache = environment.default_cache_dir();
+        assert_eq!(cache, Ok("/home/me/.cache/primed".into()));
+    }
+
+    #[test]
+    fn settings_stand_in_the_xdg_directories_the_users_own_first() {
+        let mut environment = Environment {
+            home: Some("/home/me".into()),
+            ..Environment::default()
+        };
+        let files = |environment: &Environment| {
+            let files = environment.config_files();
+            files
+                .iter()
+                .map(|file| file.display().to_string())
+                .collect::<Vec<_>>()
+        };
+        let own = "/home/me/.config/primed/primed.toml";
+        assert_eq!(files(&environment), [own, "/etc/xdg/primed/primed.toml"]);
+        environment.config_home = Some("/c".into());
+        environment.config_dirs = vec!["/d".into(), "relative".into(), "/e".into()];
+        assert_eq!(
+            files(&environment),
+            ["/c", "/d", "/e"].map(|dir| format!("{dir}/primed/primed.toml"))
         );
     }
 

@@ -33,7 +33,8 @@ pub enum DigestFunction {
 }
 
 impl DigestFunction {
-    const ALL: [Self; 6] = [
+    /// All of them.
+    pub const ALL: [Self; 6] = [
         DigestFunction::Md5,
         DigestFunction::Sha1,
         DigestFunction::Sha256,

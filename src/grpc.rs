@@ -2,22 +2,24 @@
 //! status, and the timeout.
 
 use bytes::{Buf, BufMut, Bytes, BytesMut};
-use http::header::{HeaderMap, HeaderName, HeaderValue};
+use http::header::{HeaderName, HeaderValue};
 use std::time::{Duration, Instant};
 use tonic::Code;
+
+use crate::http2::fields::Fields;
 
 const GRPC_STATUS: HeaderName = HeaderName::from_static("grpc-status");
 const GRPC_MESSAGE: HeaderName = HeaderName::from_static("grpc-message");
 const GRPC_TIMEOUT: HeaderName = HeaderName::from_static("grpc-timeout");
 
 /// The gRPC status in headers or trailers, if there is one.
-pub fn status(headers: &HeaderMap) -> Option<u32> {
-    headers.get(GRPC_STATUS)?.to_str().ok()?.parse().ok()
+pub fn status(headers: &Fields) -> Option<u32> {
+    headers.get(&GRPC_STATUS)?.to_str().ok()?.parse().ok()
 }
 
 /// How much time the client gives the call, if it says so. (gRPC over HTTP/2, "Timeout".)
-pub fn timeout(headers: &HeaderMap) -> Option<Duration> {
-    let text = headers.get(GRPC_TIMEOUT)?.to_str().ok()?;
+pub fn timeout(headers: &Fields) -> Option<Duration> {
+    let text = headers.get(&GRPC_TIMEOUT)?.to_str().ok()?;
     let (digits, unit) = text.split_at_checked(text.len().checked_sub(1)?)?;
     let value: u64 = digits.parse().ok()?;
     Some(match unit {
@@ -33,8 +35,8 @@ pub fn timeout(headers: &HeaderMap) -> Option<Duration> {
 
 /// Takes the time since `began` off the timeout, if there is one, so that the upstream gives up when
 /// the client does. Less than a millisecond is less than the network takes.
-pub fn deduct_from_timeout(headers: &mut HeaderMap, began: Instant) {
-    if !headers.contains_key(GRPC_TIMEOUT) {
+pub fn deduct_from_timeout(headers: &mut Fields, began: Instant) {
+    if !headers.contains_key(&GRPC_TIMEOUT) {
         return;
     }
     let spent = began.elapsed();
@@ -53,9 +55,14 @@ pub fn deduct_from_timeout(headers: &mut HeaderMap, began: Instant) {
     }
 }
 
+/// Takes the timeout away.
+pub fn forget_timeout(headers: &mut Fields) {
+    headers.remove(&GRPC_TIMEOUT);
+}
+
 /// Trailers that end a call with `code` and a message for people.
-pub fn trailers(code: Code, message: &str) -> HeaderMap {
-    let mut headers = HeaderMap::with_capacity(2);
+pub fn trailers(code: Code, message: &str) -> Fields {
+    let mut headers = Fields::new();
     headers.insert(GRPC_STATUS, HeaderValue::from(code as i32));
     if let Ok(value) = HeaderValue::from_str(&percent_encoded(message))
         && !value.is_empty()
@@ -157,7 +164,7 @@ mod tests {
             ("x", None),
             ("é", None),
         ] {
-            let mut headers = HeaderMap::new();
+            let mut headers = Fields::new();
             headers.insert(
                 GRPC_TIMEOUT,
                 HeaderValue::from_bytes(text.as_bytes()).unwrap(),
@@ -170,6 +177,6 @@ mod tests {
     fn messages_are_percent_encoded_as_grpc_asks() {
         let headers = trailers(Code::Unavailable, "100% off\nü");
         assert_eq!(status(&headers), Some(14));
-        assert_eq!(headers[GRPC_MESSAGE], "100%25 off%0A%C3%BC");
+        assert_eq!(headers.get(&GRPC_MESSAGE).unwrap(), "100%25 off%0A%C3%BC");
     }
 }

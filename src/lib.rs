@@ -32,4 +32,7 @@ pub mod clock;
 pub mod digest;
 pub mod grpc;
 pub mod http2;
+pub mod meters;
+pub mod quick_map;
 pub mod task;
+pub mod whole_file;

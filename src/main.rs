@@ -2,7 +2,8 @@
 
 use std::process::ExitCode;
 
-/// Half the CPU of the system's allocator for large messages, and less for small ones.
+/// Half the CPU of the system's allocator for large messages, and less for small ones. C libraries use
+/// it too (its feature `override`): of the system's, each thread would keep what it once had.
 #[global_allocator]
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 

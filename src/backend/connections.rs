@@ -1,32 +1,30 @@
 //! The HTTP/2 connections of one thread to one upstream address: dialled when first needed and
 //! again after they ended, with a back-off while that fails.
 
+use std::future::poll_fn;
 use std::io;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
-use bytes::Bytes;
-use h2::client::Builder;
-use http::HeaderMap;
 use parking_lot::Mutex;
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::time::Instant;
-use tokio_util::io::InspectReader;
 
 use super::dial::Dialer;
-use super::exchange::Connection;
 use super::health::UpstreamHealth;
-use super::keep_alive::{Received, until_dead};
+use super::keep_alive::until_dead;
 use crate::address::Address;
-use crate::http2::{
-    DATA_FRAME_BUDGET, HANDSHAKE_TIMEOUT, MAX_FRAME_SIZE, SEND_BUFFER, STREAM_WINDOW,
-    UPSTREAM_HEADER_LIST, UPSTREAM_WINDOW,
-};
+use crate::http2::HANDSHAKE_TIMEOUT;
+use crate::http2::connection::{Calls, Connection};
+use crate::http2::fields::Fields;
+use crate::http2::stream::{Load, StreamError};
 use crate::task;
 
 /// One HTTP/2 connection limits 64 concurrent streams to about half of what two of them carry.
 const CONNECTIONS: usize = 2;
+/// How many streams one of them carries before the other is used: where there are few, whatever was
+/// used last is quickest.
+const FEW: usize = 8;
 /// After a failure: how long to the next attempt, doubled each time, and at most.
 const FIRST_PAUSE: Duration = Duration::from_millis(20);
 const LONGEST_PAUSE: Duration = Duration::from_secs(1);
@@ -56,7 +54,7 @@ const LONG_HEADERS: usize = 7 * 1024;
 
 impl Headers {
     /// Which these are, by the bytes of their names and values.
-    pub fn of(headers: &HeaderMap) -> Self {
+    pub fn of(headers: &Fields) -> Self {
         let size = headers
             .iter()
             .map(|(name, value)| name.as_str().len() + value.len());
@@ -75,13 +73,12 @@ pub struct Connections {
     slots: [Slot; CONNECTIONS],
     /// For calls with long headers.
     aside: Slot,
-    next: AtomicUsize,
     back_off: Mutex<BackOff>,
 }
 
 #[derive(Default)]
 struct Slot {
-    open: Mutex<Option<Connection>>,
+    open: Mutex<Option<Calls>>,
     dialling: tokio::sync::Mutex<()>,
 }
 
@@ -101,7 +98,6 @@ impl Connections {
             keep_alive,
             slots: Default::default(),
             aside: Slot::default(),
-            next: AtomicUsize::new(0),
             back_off: Mutex::default(),
         }
     }
@@ -110,13 +106,9 @@ impl Connections {
     ///
     /// # Errors
     /// `ConnectError`, when there is none within `patience`.
-    pub async fn ready(
-        &self,
-        headers: Headers,
-        patience: Duration,
-    ) -> Result<Connection, ConnectError> {
+    pub async fn ready(&self, headers: Headers, patience: Duration) -> Result<Calls, ConnectError> {
         let slot = match headers {
-            Headers::Usual => &self.slots[self.next.fetch_add(1, Ordering::Relaxed) % CONNECTIONS],
+            Headers::Usual => &self.slots[lightest(self.slots.iter().map(Slot::load))],
             Headers::Long => &self.aside,
         };
         match slot.open() {
@@ -126,7 +118,7 @@ impl Connections {
         }
     }
 
-    async fn connected(&self, slot: &Slot, patience: Duration) -> Result<Connection, ConnectError> {
+    async fn connected(&self, slot: &Slot, patience: Duration) -> Result<Calls, ConnectError> {
         let deadline = Instant::now() + patience;
         loop {
             match self.turn(slot, Instant::now()).await {
@@ -139,7 +131,7 @@ impl Connections {
 
     /// Connects, after the pause that earlier failures make due, or waits for whoever does so
     /// already. A failure since `arrived` is shared.
-    async fn turn(&self, slot: &Slot, arrived: Instant) -> Result<Connection, ConnectError> {
+    async fn turn(&self, slot: &Slot, arrived: Instant) -> Result<Calls, ConnectError> {
         let _turn = slot.dialling.lock().await;
         if let Some(open) = slot.open() {
             return Ok(open);
@@ -157,7 +149,7 @@ impl Connections {
         Ok(open)
     }
 
-    async fn connect(&self) -> Result<Connection, ConnectError> {
+    async fn connect(&self) -> Result<Calls, ConnectError> {
         let opening = tokio::time::timeout(HANDSHAKE_TIMEOUT, self.open());
         let opened = opening
             .await
@@ -185,38 +177,12 @@ impl Connections {
         }
     }
 
-    async fn open(&self) -> io::Result<Connection> {
-        let received = Received::default();
-        let counted = received.clone();
-        let stream = InspectReader::new(self.dialer.dial().await?, move |read| counted.count(read));
-        let (calls, mut connection) = Builder::new()
-            .initial_window_size(STREAM_WINDOW)
-            .initial_connection_window_size(UPSTREAM_WINDOW)
-            .max_frame_size(MAX_FRAME_SIZE)
-            .max_header_list_size(UPSTREAM_HEADER_LIST)
-            .max_send_buffer_size(SEND_BUFFER)
-            .data_frame_budget(DATA_FRAME_BUDGET)
-            .max_concurrent_reset_streams(1024)
-            // Answers to calls that clients have cancelled, when there are many of these: no reason
-            // to give up the calls of others (h2's limit is 1,024 in a connection's lifetime).
-            .max_local_error_reset_streams(None)
-            .enable_push(false)
-            .handshake(stream)
-            .await
-            .map_err(|error| match error.into_io() {
-                Some(error) => error,
-                None => io::ErrorKind::InvalidData.into(),
-            })?;
+    async fn open(&self) -> io::Result<Calls> {
+        let (calls, connection) = Connection::client(self.dialer.dial().await?);
         self.health.opened(self.dialer.address());
-        let open = Connection {
-            calls,
-            open: Arc::default(),
-        };
         // A Unix socket's other end cannot vanish in silence.
         let by_network = !self.dialer.address().is_unix();
-        let ping_pong = by_network.then(|| connection.ping_pong()).flatten();
-        let watched = ping_pong
-            .map(|ping_pong| until_dead(open.open.clone(), ping_pong, received, self.keep_alive));
+        let watched = by_network.then(|| until_dead(connection.pulse(), self.keep_alive));
         let driven = drive(connection, watched, self.keep_alive);
         let (health, address) = (self.health.clone(), self.dialer.address().clone());
         task::spawn("upstream connection", async move {
@@ -226,17 +192,34 @@ impl Connections {
                 health.failed(&address, &error);
             }
         });
-        Ok(open)
+        Ok(calls)
     }
 }
 
+/// The first that carries few streams, and no transfer which others would wait behind; else the one
+/// that carries least. No more are looked at than it takes.
+fn lightest(loads: impl Iterator<Item = Load>) -> usize {
+    let (mut lightest, mut least) = (0, None);
+    for (index, load) in loads.enumerate() {
+        if load.transfers == 0 && load.streams < FEW {
+            return index;
+        }
+        if least.is_none_or(|least| load < least) {
+            (lightest, least) = (index, Some(load));
+        }
+    }
+    lightest
+}
+
 impl Slot {
-    fn open(&self) -> Option<Connection> {
+    fn load(&self) -> Load {
+        let open = self.open.lock();
+        open.as_ref().map(Calls::load).unwrap_or_default()
+    }
+
+    fn open(&self) -> Option<Calls> {
         let mut open = self.open.lock();
-        let connection = open.as_mut()?;
-        // Never pending: that is only so for a handle whose own last call waits to be opened.
-        let mut context = std::task::Context::from_waker(std::task::Waker::noop());
-        if let std::task::Poll::Ready(Err(_)) = connection.calls.poll_ready(&mut context) {
+        if open.as_ref().is_some_and(|calls| !calls.is_open()) {
             *open = None;
         }
         open.clone()
@@ -245,19 +228,44 @@ impl Slot {
 
 /// Carries one connection to its end, or gives it up when the watch on it says so.
 async fn drive<S>(
-    connection: h2::client::Connection<S, Bytes>,
+    mut connection: Connection<S>,
     watched: Option<impl Future<Output = ()>>,
     silence: Duration,
 ) -> Result<(), String>
 where
     S: AsyncRead + AsyncWrite + Unpin,
 {
-    let ended = |ended: Result<(), h2::Error>| ended.map_err(|error| error.to_string());
+    let carried = poll_fn(|cx| connection.poll(cx, drop));
+    let ended = |ended: Result<(), StreamError>| ended.map_err(|error| error.to_string());
     let Some(watched) = watched else {
-        return ended(connection.await);
+        return ended(carried.await);
     };
     tokio::select! {
-        result = connection => ended(result),
+        result = carried => ended(result),
         () = watched => Err(format!("no sign of life for {silence:?} twice")),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_second_connection_is_used_beside_a_transfer_and_for_many_streams() {
+        let chosen = |loads: [(usize, usize); 2]| {
+            let loads = loads.into_iter();
+            lightest(loads.map(|(transfers, streams)| Load { transfers, streams }))
+        };
+        assert_eq!(chosen([(0, 0), (0, 0)]), 0);
+        assert_eq!(chosen([(0, FEW - 1), (0, 0)]), 0, "few are no load");
+        assert_eq!(chosen([(0, FEW), (0, 0)]), 1);
+        assert_eq!(
+            chosen([(1, 1), (0, 5)]),
+            1,
+            "nobody waits behind a transfer"
+        );
+        assert_eq!(chosen([(1, 1), (1, 2)]), 0);
+        assert_eq!(chosen([(0, 30), (0, 29)]), 1);
+        assert_eq!(chosen([(0, 30), (0, 30)]), 0);
     }
 }

@@ -12,6 +12,7 @@ use super::credential_helper::{CredentialHelper, HelperError};
 use super::token_file::TokenFile;
 use crate::address::Address;
 use crate::config::upstream::UpstreamConfig;
+use crate::http2::fields::Fields;
 
 /// Why there are no headers for a call. It should end with `UNAUTHENTICATED` and these words.
 #[derive(Clone, Debug, thiserror::Error)]
@@ -70,7 +71,7 @@ impl Credentials {
         }
         let host = match address {
             Address::Tcp { host, .. } | Address::Tls { host, .. } => Some(host.as_str()),
-            Address::Unix(_) | Address::Abstract(_) => None,
+            Address::Embedded | Address::Unix(_) | Address::Abstract(_) => None,
         };
         if let Some(program) = config.credential_helper(host) {
             check_program(program)?;
@@ -118,13 +119,11 @@ impl Credentials {
 }
 
 /// Puts primed's `own` headers in place of those of the same names.
-pub fn replace(headers: &mut HeaderMap, own: &HeaderMap) {
+pub fn replace(headers: &mut Fields, own: &HeaderMap) {
     for name in own.keys() {
-        for (index, value) in own.get_all(name).iter().enumerate() {
-            match index {
-                0 => headers.insert(name, value.clone()).is_some(),
-                _ => headers.append(name, value.clone()),
-            };
+        headers.remove(name);
+        for value in own.get_all(name) {
+            headers.append(name.clone(), value.clone());
         }
     }
 }
@@ -185,20 +184,21 @@ mod tests {
     fn own_headers_take_the_place_of_those_of_the_same_name() {
         let config = config(&["authorization: Bearer own", "x-many: 1", "x-many: 2"]);
         let own = Credentials::new(&config, &address("unix:/a")).unwrap();
-        let mut headers = HeaderMap::new();
+        let mut headers = Fields::new();
         for (name, value) in [
             ("authorization", "Bearer client's"),
             ("authorization", "again"),
             ("x-many", "client's"),
             ("x-other", "stays"),
         ] {
+            let name = http::HeaderName::from_static(name);
             headers.append(name, value.parse().unwrap());
         }
         replace(&mut headers, &own.ready().unwrap());
-        let values = |name| {
-            let values = headers.get_all(name).iter();
+        let values = |name: &str| {
+            let values = headers.iter().filter(|(other, _)| other == name);
             values
-                .map(|value| value.to_str().unwrap())
+                .map(|(_, value)| value.to_str().unwrap())
                 .collect::<Vec<_>>()
         };
         assert_eq!(values("authorization"), ["Bearer own"]);

@@ -11,6 +11,7 @@ use rustix::net::sockopt;
 use tokio::net::TcpStream;
 use tokio_rustls::rustls::pki_types::ServerName;
 
+use super::embedded::Embedded;
 use crate::address::Address;
 use crate::local_socket::LocalSocket;
 use crate::stream::{Stream, Transport, tune_tcp};
@@ -30,6 +31,8 @@ pub struct Dialer {
     address: Address,
     /// How to do the handshake, and whose certificate to expect.
     tls: Option<(Arc<ClientTls>, ServerName<'static>)>,
+    /// What `Address::Embedded` leads to.
+    embedded: Option<Arc<Embedded>>,
 }
 
 impl Dialer {
@@ -45,12 +48,29 @@ impl Dialer {
             }
             _ => None,
         };
-        Ok(Dialer { address, tls })
+        Ok(Dialer {
+            address,
+            tls,
+            embedded: None,
+        })
     }
 
     /// Dials `address`, which must not be a TLS one.
     pub fn without_tls(address: Address) -> Self {
-        Dialer { address, tls: None }
+        Dialer {
+            address,
+            tls: None,
+            embedded: None,
+        }
+    }
+
+    /// Dials the backend within this process.
+    pub fn embedded(embedded: Arc<Embedded>) -> Self {
+        Dialer {
+            address: Address::Embedded,
+            tls: None,
+            embedded: Some(embedded),
+        }
     }
 
     /// Where it connects to.
@@ -81,6 +101,14 @@ impl Dialer {
             (Address::Tls { host, port }, Some((tls, name))) => {
                 let socket = connect_tcp(host, *port).await?;
                 Transport::Tls(Box::new(tls.connect(name.clone(), socket).await?.into()))
+            }
+            (Address::Embedded, _) => {
+                let Some(embedded) = &self.embedded else {
+                    let reason =
+                        "the embedded backend runs within primed, where nobody else reaches it";
+                    return Err(io::Error::new(io::ErrorKind::Unsupported, reason));
+                };
+                Transport::Unix(embedded.connect().await?)
             }
             (Address::Tls { .. }, None) => {
                 let reason = "TLS is not set up for this connection; write grpc:// or a socket";

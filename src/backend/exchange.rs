@@ -3,30 +3,22 @@
 use std::collections::VecDeque;
 use std::future::poll_fn;
 use std::pin::Pin;
-use std::sync::Arc;
 use std::task::{Context, Poll, ready};
 
 use bytes::Bytes;
-use h2::Reason;
-use h2::client::{ResponseFuture, SendRequest};
-use http::{HeaderMap, Request, Response};
 use http_body::Frame;
 
 use crate::grpc;
 use crate::http2::body::{Body, BodyError};
-use crate::http2::pump::{Pump, PumpError, Sink, Witness};
+use crate::http2::connection::Calls;
+use crate::http2::fields::Fields;
+use crate::http2::frame::Reason;
+use crate::http2::hpack::Pseudo;
+use crate::http2::pump::{Pump, PumpError, Witness};
+use crate::http2::stream::{AnswerHead, Incoming, Outgoing, StreamError};
 
 /// A request of which no more than this has been sent can be sent again, to another connection.
 const MAX_KEPT: usize = 64 * 1024;
-
-/// A connection that takes calls, as far as is known.
-#[derive(Clone)]
-pub struct Connection {
-    /// Where calls are begun.
-    pub calls: SendRequest<Bytes>,
-    /// The connection's mark, of which each open call holds a clone.
-    pub open: Arc<()>,
-}
 
 /// Why a call got no answer, or not all of it.
 #[derive(Debug, thiserror::Error)]
@@ -36,7 +28,7 @@ pub enum CallError {
     Reset(Reason),
     /// The connection broke, or was given up.
     #[error("the connection to the upstream broke off: {0}")]
-    Broken(h2::Error),
+    Broken(StreamError),
     /// The sender of the request broke off; there is nobody left to answer.
     #[error("the request broke off: {0}")]
     Request(BodyError),
@@ -44,18 +36,22 @@ pub enum CallError {
 
 impl From<BodyError> for CallError {
     fn from(error: BodyError) -> Self {
-        match error.downcast::<h2::Error>() {
+        match error.downcast::<StreamError>() {
             Ok(error) => CallError::from(*error),
-            Err(error) => CallError::Request(error),
+            // The body of an answer that was passed from task to task.
+            Err(error) => match error.downcast::<CallError>() {
+                Ok(error) => *error,
+                Err(error) => CallError::Request(error),
+            },
         }
     }
 }
 
-impl From<h2::Error> for CallError {
-    fn from(error: h2::Error) -> Self {
-        match error.reason() {
-            Some(reason) if error.is_reset() && error.is_remote() => CallError::Reset(reason),
-            _ => CallError::Broken(error),
+impl From<StreamError> for CallError {
+    fn from(error: StreamError) -> Self {
+        match error {
+            StreamError::Reset(reason) => CallError::Reset(reason),
+            error => CallError::Broken(error),
         }
     }
 }
@@ -63,7 +59,8 @@ impl From<h2::Error> for CallError {
 /// A call whose answer has not begun.
 pub struct Exchange {
     request: Sending,
-    response: ResponseFuture,
+    /// None once the answer has begun.
+    answer: Option<Incoming>,
     kept: Kept,
 }
 
@@ -74,8 +71,6 @@ struct Sending {
     pump: Option<Pump>,
     /// The upstream wants no more of it. That is no failure: the answer tells why.
     stopped: bool,
-    /// Marks the call as open, for the watch on the connection.
-    _open: Arc<()>,
 }
 
 impl Sending {
@@ -110,7 +105,7 @@ impl Witness for Kept {
         }
     }
 
-    fn end(&mut self, trailers: Option<&HeaderMap>) {
+    fn end(&mut self, trailers: Option<&Fields>) {
         if trailers.is_some() {
             self.size = usize::MAX;
         }
@@ -122,28 +117,28 @@ pub enum Begun {
     /// It has begun. Boxed, for it is passed through many hands.
     Answer(Box<Answer>),
     /// The upstream went away (GOAWAY) without having looked at the call, which may be sent anew.
-    NotProcessed(Body, h2::Error),
+    NotProcessed(Body, StreamError),
 }
 
 impl Exchange {
-    /// Sends `head` and what there is of `body`.
+    /// Sends the headers and what there is of `body`.
     ///
     /// # Errors
     /// `CallError`, when the connection takes no new call.
     pub fn begin(
-        mut connection: Connection,
-        head: Request<()>,
+        calls: &Calls,
+        pseudo: Pseudo,
+        headers: Fields,
         body: Body,
     ) -> Result<Self, CallError> {
         let is_end = body.is_end_stream();
-        let (response, stream) = connection.calls.send_request(head, is_end)?;
+        let (answer, stream) = calls.begin(pseudo, headers, is_end)?;
         Ok(Exchange {
             request: Sending {
-                pump: (!is_end).then(|| Pump::new(body, Sink::new(stream))),
+                pump: (!is_end).then(|| Pump::new(body, stream)),
                 stopped: false,
-                _open: connection.open,
             },
-            response,
+            answer: Some(answer),
             kept: Kept::default(),
         })
     }
@@ -174,17 +169,24 @@ impl Future for Exchange {
     fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
         let this = &mut *self;
         this.request.poll(cx, &mut this.kept)?;
-        Poll::Ready(match ready!(Pin::new(&mut this.response).poll(cx)) {
+        let Some(answer) = &mut this.answer else {
+            return Poll::Pending;
+        };
+        Poll::Ready(match ready!(answer.poll_head(cx)) {
             Ok(head) => {
-                let (head, body) = head.into_parts();
+                let head = AnswerHead {
+                    status: head.status.unwrap_or_default(),
+                    headers: head.fields.clone(),
+                };
+                let body = this.answer.take().map_or_else(Body::empty, Body::stream);
+                let request = std::mem::take(&mut this.request);
                 Ok(Begun::Answer(Box::new(Answer {
-                    head: Response::from_parts(head, ()),
-                    body: Body::stream(body),
-                    request: std::mem::take(&mut this.request),
+                    head,
+                    body,
+                    request,
                 })))
             }
-            // Streams that a GOAWAY counts as not processed fail with it; others go on.
-            Err(error) if error.is_go_away() && error.is_remote() => match this.take_request() {
+            Err(error @ StreamError::NotProcessed(_)) => match this.take_request() {
                 Some(body) => Ok(Begun::NotProcessed(body, error)),
                 None => Err(CallError::Broken(error)),
             },
@@ -196,7 +198,7 @@ impl Future for Exchange {
 /// The answer to a call, from its headers on.
 pub struct Answer {
     /// Status and headers.
-    pub head: Response<()>,
+    pub head: AnswerHead,
     body: Body,
     request: Sending,
 }
@@ -208,10 +210,19 @@ pub enum Passed {
     /// The receiver has gone; the call is cancelled.
     ReceiverGone,
     /// The answer broke off. The receiver's stream is still open.
-    BrokenOff(CallError, Sink),
+    BrokenOff(CallError, Outgoing),
 }
 
 impl Answer {
+    /// An answer that was received elsewhere.
+    pub fn made(head: AnswerHead, body: Body) -> Box<Self> {
+        Box::new(Answer {
+            head,
+            body,
+            request: Sending::default(),
+        })
+    }
+
     /// Whether there is nothing but headers: "Trailers-Only" in gRPC's words.
     pub fn is_end_stream(&self) -> bool {
         self.body.is_end_stream()
@@ -228,7 +239,7 @@ impl Answer {
     ///
     /// # Errors
     /// `CallError`, when the answer breaks off instead.
-    async fn bare_trailers(&mut self) -> Result<Option<&HeaderMap>, CallError> {
+    async fn bare_trailers(&mut self) -> Result<Option<&Fields>, CallError> {
         let Answer { body, request, .. } = self;
         poll_fn(|cx| {
             request.poll(cx, &mut ())?;
@@ -240,7 +251,7 @@ impl Answer {
 
     /// The gRPC status, as far as it is known before any message.
     pub async fn early_status(&mut self) -> Option<u32> {
-        match grpc::status(self.head.headers()) {
+        match grpc::status(&self.head.headers) {
             Some(status) => Some(status),
             // That an answer broke off is seen again when it is passed on.
             None => self.bare_trailers().await.ok()?.and_then(grpc::status),
@@ -248,7 +259,7 @@ impl Answer {
     }
 
     /// Passes the body on, while the rest of the request goes the other way.
-    pub async fn pass_on<W: Witness>(self: Box<Self>, to: Sink, witness: &mut W) -> Passed {
+    pub async fn pass_on<W: Witness>(self: Box<Self>, to: Outgoing, witness: &mut W) -> Passed {
         let mut request = self.request;
         let mut answer = Pump::new(self.body, to);
         let broken = poll_fn(|cx| {
@@ -288,7 +299,7 @@ impl http_body::Body for Answer {
             return Poll::Ready(Some(chunk.map(Frame::data).map_err(CallError::from)));
         }
         let trailers = ready!(this.body.poll_trailers(cx)).map_err(CallError::from)?;
-        Poll::Ready(trailers.map(|trailers| Ok(Frame::trailers(trailers))))
+        Poll::Ready(trailers.map(|trailers| Ok(Frame::trailers(trailers.to_map()))))
     }
 
     fn is_end_stream(&self) -> bool {

@@ -50,6 +50,11 @@ impl UpstreamHealth {
         self.seen.borrow().state()
     }
 
+    /// How many connections there are.
+    pub fn connections(&self) -> usize {
+        self.seen.borrow().connections
+    }
+
     /// Returns when the state is another than `known`, with the new one.
     pub async fn changed_from(&self, known: UpstreamState) -> UpstreamState {
         let mut seen = self.seen.subscribe();

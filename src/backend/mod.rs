@@ -5,6 +5,7 @@ pub mod connections;
 mod credential_helper;
 pub mod credentials;
 pub mod dial;
+pub mod embedded;
 pub mod endpoints;
 pub mod exchange;
 pub mod health;
@@ -77,4 +78,8 @@ pub trait Backend: Send + Sync + 'static {
         action: Digest,
         priority: i32,
     ) -> Result<Operations, Status>;
+
+    /// Asks for an operation to be stopped, by the name that `execute` was told. Backends may refuse,
+    /// and the operation goes on.
+    async fn cancel(&self, operation: &str) -> Result<(), Status>;
 }

@@ -23,11 +23,14 @@ use super::upstream::{Head, Upstream};
 use super::{Backend, Operations};
 use crate::digest::{Digest, DigestFunction};
 use crate::http2::body::Body;
+use crate::http2::fields::Fields;
 use crate::reapi::action_cache_client::ActionCacheClient;
 use crate::reapi::capabilities_client::CapabilitiesClient;
 use crate::reapi::content_addressable_storage_client::ContentAddressableStorageClient;
 use crate::reapi::google::bytestream::byte_stream_client::ByteStreamClient;
 use crate::reapi::google::bytestream::{ReadRequest, WriteRequest};
+use crate::reapi::google::longrunning::CancelOperationRequest;
+use crate::reapi::google::longrunning::operations_client::OperationsClient;
 use crate::reapi::{
     ActionResult, BatchReadBlobsRequest, BatchUpdateBlobsRequest, ExecuteRequest, ExecutionPolicy,
     FindMissingBlobsRequest, GetActionResultRequest, GetCapabilitiesRequest, RequestMetadata,
@@ -88,13 +91,16 @@ impl Service<http::Request<tonic::body::Body>> for Caller {
             let mut head = Head {
                 method: parts.method,
                 path: path.unwrap_or_else(|| PathAndQuery::from_static("/")),
-                headers: parts.headers,
+                headers: Fields::from(&parts.headers),
             };
             head.headers.insert(USER_AGENT, OWN_USER_AGENT);
             let answer = upstream.call(head, Body::made(body)).await;
             let mut answer = answer.map_err(|error| Status::unavailable(error.to_string()))?;
             let head = std::mem::take(&mut answer.head);
-            Ok(head.map(|()| answer))
+            let mut response = http::Response::new(answer);
+            *response.status_mut() = head.status;
+            *response.headers_mut() = head.headers.to_map();
+            Ok(response)
         })
     }
 }
@@ -358,6 +364,16 @@ impl Backend for Remote {
             .server_streaming(request(message, Some(action)), path, RawAnswers)
             .await?;
         Ok(Box::pin(answer.into_inner().map(|message| message)) as Pin<Box<_>>)
+    }
+
+    async fn cancel(&self, operation: &str) -> Result<(), Status> {
+        let message = CancelOperationRequest {
+            name: operation.to_owned(),
+        };
+        OperationsClient::new(self.caller.clone())
+            .cancel_operation(request(message, None))
+            .await?;
+        Ok(())
     }
 }
 

@@ -8,14 +8,15 @@ use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
 use bytes::Bytes;
-use http::uri::{Authority, PathAndQuery, Scheme, Uri};
-use http::{HeaderMap, Method, Request};
+use http::Method;
+use http::uri::{Authority, PathAndQuery, Scheme};
 use http_body::Frame;
 use tonic::Code;
 
 use super::connections::{ConnectError, Connections, Headers};
 use super::credentials::{CredentialError, Credentials, replace};
 use super::dial::Dialer;
+use super::embedded::Embedded;
 use super::endpoints::{Endpoint, Endpoints};
 use super::exchange::{Answer, Begun, CallError, Exchange};
 use super::health::UpstreamHealth;
@@ -26,6 +27,8 @@ use crate::config::upstream::UpstreamConfig;
 use crate::config::{Config, Patience};
 use crate::grpc;
 use crate::http2::body::{Body, BodyError};
+use crate::http2::fields::Fields;
+use crate::http2::hpack::Pseudo;
 use crate::tls::TlsError;
 use crate::tls::client::ClientTls;
 
@@ -61,14 +64,21 @@ pub enum RouteError {
 }
 
 impl Routes {
-    /// The routes that `config` describes; `tls` is needed where an address says so.
+    /// The routes that `config` describes; `tls` and `embedded` are needed where an address says so.
     ///
     /// # Errors
     /// `RouteError`: what is wrong with the settings.
-    pub fn new(config: &Config, tls: Option<Arc<ClientTls>>) -> Result<Self, RouteError> {
+    pub fn new(
+        config: &Config,
+        tls: Option<Arc<ClientTls>>,
+        embedded: Option<Arc<Embedded>>,
+    ) -> Result<Self, RouteError> {
         let endpoints = Endpoints::new(&config.upstream, &config.on_the_way);
         let destination = |address: &Address| {
-            let dialer = Dialer::new(address.clone(), tls.clone())?;
+            let dialer = match (address, &embedded) {
+                (Address::Embedded, Some(embedded)) => Dialer::embedded(embedded.clone()),
+                _ => Dialer::new(address.clone(), tls.clone())?,
+            };
             let credentials = Credentials::new(&config.on_the_way, address)?;
             Ok(Destination::new(dialer, credentials))
         };
@@ -118,7 +128,7 @@ pub struct Head {
     /// The name of the gRPC method.
     pub path: PathAndQuery,
     /// All headers.
-    pub headers: HeaderMap,
+    pub headers: Fields,
 }
 
 /// Why a call came to nothing.
@@ -205,9 +215,9 @@ impl Upstream {
         let headers = Headers::of(&head.headers);
         let mut attempt = 1;
         let answer = loop {
-            let connection = connections.ready(headers, patience).await?;
-            let request = destination.request(head.clone());
-            match Exchange::begin(connection, request, body)?.await? {
+            let calls = connections.ready(headers, patience).await?;
+            let pseudo = destination.pseudo(&head);
+            match Exchange::begin(&calls, pseudo, head.headers.clone(), body)?.await? {
                 Begun::Answer(answer) => break answer,
                 Begun::NotProcessed(_, error) if attempt == ATTEMPTS => {
                     return Err(CallError::Broken(error).into());
@@ -216,7 +226,7 @@ impl Upstream {
             }
             attempt += 1;
         };
-        if grpc::status(answer.head.headers()) == Some(Code::Unauthenticated as u32) {
+        if grpc::status(&answer.head.headers) == Some(Code::Unauthenticated as u32) {
             destination.credentials.refused(&own);
         }
         Ok(answer)
@@ -240,17 +250,10 @@ impl Destination {
         }
     }
 
-    fn request(&self, head: Head) -> Request<()> {
-        let mut uri = http::uri::Parts::default();
-        uri.scheme = Some(self.scheme.clone());
-        uri.authority = Some(self.authority.clone());
-        uri.path_and_query = Some(head.path);
-        let mut request = Request::new(());
-        *request.method_mut() = head.method;
-        *request.uri_mut() = Uri::from_parts(uri).unwrap_or_default();
-        *request.version_mut() = http::Version::HTTP_2;
-        *request.headers_mut() = head.headers;
-        request
+    fn pseudo(&self, head: &Head) -> Pseudo {
+        let (scheme, authority) = (self.scheme.clone(), self.authority.clone());
+        let request = (head.method.clone(), scheme, authority, head.path.clone());
+        Pseudo::Request(Box::new(request))
     }
 }
 

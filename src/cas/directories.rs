@@ -194,24 +194,7 @@ impl DirectoryCache {
             if level.is_empty() {
                 break;
             }
-            let mut loaded: Vec<(Digest, Arc<Directory>)> = Vec::with_capacity(level.len());
-            let mut absent = Vec::new();
-            for digest in level.drain(..) {
-                match self.parsed.get(&digest) {
-                    Some(directory) => loaded.push((digest, directory)),
-                    None => absent.push(digest),
-                }
-            }
-            for (digest, blob) in cas.fetch(instance, absent).await? {
-                let Some(directory) = Directory::parse(blob, digest.function()) else {
-                    tracing::warn!(%digest, "a directory is malformed; actions that hold it are left alone");
-                    continue;
-                };
-                let directory = Arc::new(directory);
-                self.parsed.insert(digest, directory.clone());
-                loaded.push((digest, directory));
-            }
-            for (digest, directory) in loaded {
+            for (digest, directory) in self.level(cas, instance, level.drain(..)).await? {
                 for (_, child) in &directory.directories {
                     if seen.insert(*child) {
                         level.push(*child);
@@ -221,6 +204,39 @@ impl DirectoryCache {
             }
         }
         Ok(trees)
+    }
+
+    /// Loads these directories and nothing below them. What the backend does not hold, or holds
+    /// malformed, is absent from the answer.
+    ///
+    /// # Errors
+    /// The backend's status, when it cannot be asked at all.
+    pub async fn level(
+        &self,
+        cas: &Cas,
+        instance: &str,
+        digests: impl IntoIterator<Item = Digest>,
+    ) -> Result<Trees, Status> {
+        let mut loaded = Trees::new();
+        let mut absent = Vec::new();
+        for digest in digests {
+            match self.parsed.get(&digest) {
+                Some(directory) => {
+                    loaded.insert(digest, directory);
+                }
+                None => absent.push(digest),
+            }
+        }
+        for (digest, blob) in cas.fetch(instance, absent).await? {
+            let Some(directory) = Directory::parse(blob, digest.function()) else {
+                tracing::warn!(%digest, "a directory is malformed; actions that hold it are left alone");
+                continue;
+            };
+            let directory = Arc::new(directory);
+            self.parsed.insert(digest, directory.clone());
+            loaded.insert(digest, directory);
+        }
+        Ok(loaded)
     }
 }
 

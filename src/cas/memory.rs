@@ -119,4 +119,8 @@ impl Backend for Memory {
     async fn execute(&self, _: &str, _: Digest, _: i32) -> Result<Operations, Status> {
         Err(Status::unimplemented("it executes nothing"))
     }
+
+    async fn cancel(&self, _: &str) -> Result<(), Status> {
+        Err(Status::unimplemented("it executes nothing"))
+    }
 }

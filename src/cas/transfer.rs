@@ -79,7 +79,7 @@ impl Cas {
         Ok(blobs)
     }
 
-    /// Uploads those of `blobs` that the backend does not hold.
+    /// Uploads those of `blobs` that the backend does not hold, and says which.
     ///
     /// # Errors
     /// The backend's status for the first blob or call that failed.
@@ -87,7 +87,7 @@ impl Cas {
         &self,
         instance: &str,
         blobs: &HashMap<Digest, Bytes>,
-    ) -> Result<(), Status> {
+    ) -> Result<Vec<Digest>, Status> {
         let mut digests: Vec<Digest> = blobs.keys().copied().collect();
         digests.sort_unstable_by_key(Digest::function);
         let mut missing = Vec::new();
@@ -100,8 +100,9 @@ impl Cas {
                 }
             }
         }
+        let uploaded = missing.iter().map(|(digest, _)| *digest).collect();
         if missing.is_empty() {
-            return Ok(());
+            return Ok(uploaded);
         }
         let limit = self.batch_limit(instance).await;
         let (small, large): (Vec<_>, Vec<_>) = missing
@@ -116,7 +117,7 @@ impl Cas {
         for (digest, blob) in large {
             self.backend.write(instance, digest, blob).await?;
         }
-        Ok(())
+        Ok(uploaded)
     }
 
     /// How many bytes one batch may hold, asked of the backend once for each instance.
@@ -229,10 +230,11 @@ mod tests {
             .chain([blob(10, 1), blob(20_000, 7)]);
         let blobs: HashMap<Digest, Bytes> = blobs.map(|blob| (Digest::of(&blob), blob)).collect();
         let cas = Cas::new(memory.clone());
-        cas.upload("", &blobs).await.unwrap();
+        let uploaded = cas.upload("", &blobs).await.unwrap();
+        assert_eq!(uploaded.len(), 26);
         assert_eq!(memory.written.lock().each_ref().map(Vec::len), [25, 1]);
         assert_eq!(*memory.blobs.lock(), blobs);
-        cas.upload("", &blobs).await.unwrap();
+        assert_eq!(cas.upload("", &blobs).await.unwrap(), []);
         assert_eq!(memory.written.lock().each_ref().map(Vec::len), [25, 1]);
     }
 }

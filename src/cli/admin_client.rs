@@ -56,6 +56,28 @@ impl AdminClient {
         path: &str,
         body: Bytes,
     ) -> Result<Bytes, Failure> {
+        let (status, page) = self.ask(method, path, body).await?;
+        if status == StatusCode::OK {
+            return Ok(page);
+        }
+        let said = String::from_utf8_lossy(&page).trim_end().to_owned();
+        let message = match said.is_empty() {
+            true => format!("primed at {} answered {status}", self.admin),
+            false => said,
+        };
+        Err(Failure::new(exit_codes::FAILURE, message))
+    }
+
+    /// What the page at `path` answers, whether it refuses or not.
+    ///
+    /// # Errors
+    /// When there is no answer.
+    pub async fn ask(
+        &mut self,
+        method: Method,
+        path: &str,
+        body: Bytes,
+    ) -> Result<(StatusCode, Bytes), Failure> {
         let admin = &self.admin;
         let request = Request::builder()
             .method(method)
@@ -68,16 +90,7 @@ impl AdminClient {
             let status = response.status();
             Ok((status, response.into_body().collect().await?.to_bytes()))
         };
-        let (status, page) = answered.await.map_err(|error| lost(admin, &error))?;
-        if status == StatusCode::OK {
-            return Ok(page);
-        }
-        let said = String::from_utf8_lossy(&page).trim_end().to_owned();
-        let message = match said.is_empty() {
-            true => format!("primed at {admin} answered {status}"),
-            false => said,
-        };
-        Err(Failure::new(exit_codes::FAILURE, message))
+        answered.await.map_err(|error| lost(admin, &error))
     }
 }
 

@@ -4,12 +4,12 @@ use std::fmt::Write as _;
 use std::io::Write as _;
 use std::path::{Path, PathBuf};
 
-use bytes::Bytes;
 use clap::Args;
 
 use super::records::{Records, RecordsArguments};
 use super::{Failure, block_on, exit_codes};
 use crate::speculation::archive::Listed;
+use crate::whole_file;
 
 /// What the names of exported files end in.
 pub const EXTENSION: &str = "sa";
@@ -132,26 +132,9 @@ async fn export(records: &mut Records, parent: &Listed, file: &Path) -> Result<(
     let key = parent.weak_key.parse();
     let key = key.map_err(|error| Failure::new(exit_codes::FAILURE, error))?;
     let message = records.export(key).await?;
-    write_whole(file, &message).map_err(|error| cannot_write(file, &error))?;
+    whole_file::write(file, &message).map_err(|error| cannot_write(file, &error))?;
     eprintln!("{}: {}", file.display(), parent.label);
     Ok(())
-}
-
-/// Writes a file beside its place first: what stood there before is replaced whole or not at all.
-fn write_whole(file: &Path, content: &Bytes) -> std::io::Result<()> {
-    if file.exists() && !file.is_file() {
-        // A pipe, say; or a directory, which cannot be written.
-        return std::fs::write(file, content);
-    }
-    let mut name = file.file_name().unwrap_or_default().to_owned();
-    name.push(format!(".{}", std::process::id()));
-    let beside = file.with_file_name(name);
-    let written = std::fs::write(&beside, content).and_then(|()| std::fs::rename(&beside, file));
-    if written.is_err() {
-        // It may not even exist.
-        let _ = std::fs::remove_file(&beside);
-    }
-    written
 }
 
 fn cannot_write(path: &Path, error: &std::io::Error) -> Failure {

@@ -45,7 +45,7 @@ impl RecordsArguments {
     /// Finds the records; a store is made if there is none and they are `to_be_written`.
     pub async fn open(self, to_be_written: bool) -> Result<Records, Failure> {
         let mut in_use = String::new();
-        if let Ok(admin) = self.admin.resolve() {
+        if let Ok(admin) = self.admin.find().await {
             match AdminClient::connect(&admin).await {
                 Ok(mut client) => {
                     let list = list(&mut client).await?;

@@ -1,16 +1,23 @@
 //! `primed serve`: the daemon.
 
+use std::ffi::OsString;
 use std::num::NonZero;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use clap::Args;
+use clap::{Args, CommandFactory, FromArgMatches};
+use nix::sys::signal::SigSet;
 use tokio::signal::unix::{SignalKind, signal};
 
+use super::settings::{self, Stopped};
 use super::upstream_arguments::UpstreamArguments;
-use super::{Failure, block_on, exit_codes};
+use super::{Cli, Command, Failure, block_on, exit_codes};
 use crate::address::{Address, ListenAddress};
-use crate::config::{Compat, Config, Environment, Mode, Patience, default_max_speculative};
+use crate::config::embedded::{ByteSize, EmbeddedConfig, SandboxMode};
+use crate::config::{
+    BudgetLimits, Compat, Config, ConfigError, Environment, Mode, Patience, default_jobs,
+    default_max_speculative,
+};
 use crate::server;
 use crate::tls::client::ClientTlsFiles;
 use crate::tls::server::ServerTlsFiles;
@@ -23,9 +30,18 @@ const MAX_SECONDS: Duration = Duration::from_secs(86_400);
 #[derive(Debug, Args)]
 pub struct Arguments {
     /// Backend that calls are forwarded to: unix:PATH, unix-abstract:NAME, grpcs://HOST:PORT or
-    /// https://HOST:PORT with TLS (443 if no port), grpc://HOST:PORT, http://HOST:PORT or HOST:PORT without.
-    #[arg(long, env = "PRIMED_UPSTREAM", value_name = "ADDR")]
+    /// https://HOST:PORT with TLS (443 if no port), grpc://HOST:PORT, http://HOST:PORT or HOST:PORT
+    /// without; or `embedded`, which is primed itself: it keeps blobs and results on disk, and
+    /// executes actions on this machine.
+    #[arg(
+        long,
+        env = "PRIMED_UPSTREAM",
+        value_name = "ADDR",
+        default_value = "embedded"
+    )]
     upstream: Address,
+    #[command(flatten)]
+    embedded: EmbeddedArguments,
     #[command(flatten)]
     upstream_tls: UpstreamTls,
     /// Where clients connect: an address like that of --upstream, `systemd` for the sockets that
@@ -73,6 +89,10 @@ pub struct Arguments {
     /// [default: unix:$XDG_RUNTIME_DIR/primed/admin.sock].
     #[arg(long, env = "PRIMED_ADMIN", value_name = "ADDR")]
     admin: Option<Address>,
+    /// Where metrics can be read as OpenMetrics text, under /metrics: HOST:PORT or unix:PATH
+    /// [default: nowhere but at the admin socket].
+    #[arg(long, env = "PRIMED_METRICS", value_name = "ADDR")]
+    metrics: Option<Address>,
     /// What is recorded and used; each mode includes those before it.
     #[arg(
         long,
@@ -86,9 +106,26 @@ pub struct Arguments {
     /// is recorded here.
     #[arg(long, env = "PRIMED_SHARE", value_parser = clap::builder::FalseyValueParser::new())]
     share: bool,
-    /// How many speculative actions run at once [default: two for each core].
+    /// Prime as soon as a source file is saved, not only when a build begins: of the 16 projects that
+    /// were built last. Speculative work is then also done for what is never built.
+    #[arg(long, env = "PRIMED_WATCH", value_parser = clap::builder::FalseyValueParser::new())]
+    watch: bool,
+    /// How many speculative actions run at once, at most; fewer while clients would have to wait
+    /// [default: two for each core].
     #[arg(long, env = "PRIMED_MAX_SPECULATIVE", value_name = "N")]
     max_speculative: Option<NonZero<usize>>,
+    /// For how many seconds an execution that a client has joined may be silent; then the client's
+    /// own call is made as well [default: five times as long as it took before, and 10 at least; 300
+    /// where that is not known; more where the backend is busy].
+    #[arg(
+        long,
+        env = "PRIMED_HEDGE_AFTER",
+        value_parser = seconds,
+        value_name = "SECONDS"
+    )]
+    hedge_after: Option<Duration>,
+    #[command(flatten)]
+    budgets: Budgets,
     /// How long calls wait, in seconds, while the backend cannot be reached; then they end with
     /// UNAVAILABLE.
     #[arg(
@@ -113,16 +150,125 @@ pub struct Arguments {
     /// begin at a later version 2.x of the API are shown to begin at 2.0.
     #[arg(long, env = "PRIMED_COMPAT", value_enum, value_name = "CLIENT")]
     compat: Option<Compat>,
+    /// End when the last `primed run` that uses it has ended; `primed run` starts it so.
+    #[arg(long, env = "PRIMED_UNTIL_UNUSED", value_parser = clap::builder::FalseyValueParser::new())]
+    until_unused: bool,
+    #[cfg(feature = "otlp")]
+    #[command(flatten)]
+    pub(super) traces: super::traces::TraceArguments,
     // Its heading holds for all that follow.
     #[command(flatten)]
     on_the_way: UpstreamArguments,
 }
 
-fn seconds(text: &str) -> Result<Duration, String> {
+/// What priming may spend.
+#[derive(Debug, Args)]
+struct Budgets {
+    /// How many actions are executed ahead of time for one build, at most; 0 is without end.
+    #[arg(
+        long,
+        env = "PRIMED_BUILD_BUDGET_ACTIONS",
+        value_name = "N",
+        default_value = "100000"
+    )]
+    build_budget_actions: u64,
+    /// How many seconds workers may be busy ahead of time for one build, in all; 0 is without end.
+    #[arg(
+        long,
+        env = "PRIMED_BUILD_BUDGET_CPU",
+        value_name = "SECONDS",
+        default_value = "360000"
+    )]
+    build_budget_cpu: u64,
+    /// How many seconds workers may be busy ahead of time within an hour, for all builds; 0 is
+    /// without end: no more than --max-speculative for an hour.
+    #[arg(
+        long,
+        env = "PRIMED_HOUR_BUDGET_CPU",
+        value_name = "SECONDS",
+        default_value = "0"
+    )]
+    hour_budget_cpu: u64,
+}
+
+impl Budgets {
+    fn limits(&self) -> BudgetLimits {
+        let limit = |most: u64| (most > 0).then_some(most);
+        BudgetLimits {
+            build_actions: limit(self.build_budget_actions),
+            build_time: limit(self.build_budget_cpu).map(Duration::from_secs),
+            hour_time: limit(self.hour_budget_cpu).map(Duration::from_secs),
+        }
+    }
+}
+
+pub(super) fn seconds(text: &str) -> Result<Duration, String> {
     let seconds = text.parse().ok().map(Duration::try_from_secs_f64);
     match seconds {
         Some(Ok(duration)) if duration <= MAX_SECONDS => Ok(duration),
         _ => Err("a number of seconds is wanted, up to 86400".to_owned()),
+    }
+}
+
+/// What the embedded backend works with.
+#[derive(Debug, Args)]
+struct EmbeddedArguments {
+    /// Where the embedded backend keeps blobs and results [default: $XDG_CACHE_HOME/primed].
+    #[arg(long, env = "PRIMED_CACHE_DIR", value_name = "DIR")]
+    cache_dir: Option<PathBuf>,
+    /// How much they may take, such as 20GiB; what was not used for longest goes first [default:
+    /// half of what the disk has free, 50GiB at most].
+    #[arg(long, env = "PRIMED_CACHE_SIZE", value_name = "SIZE")]
+    cache_size: Option<ByteSize>,
+    /// How many actions the embedded backend executes at once [default: one for each core].
+    #[arg(long, env = "PRIMED_JOBS", value_name = "N")]
+    jobs: Option<NonZero<usize>>,
+    /// Whether they run in a sandbox, without the network and where the machine's files are
+    /// read-only [default: auto].
+    #[arg(long, env = "PRIMED_SANDBOX", value_name = "SANDBOX")]
+    sandbox: Option<SandboxMode>,
+    /// How long one may run; actions that ask for more are refused [default: 86400, a day].
+    #[arg(
+        long,
+        env = "PRIMED_MAX_ACTION_TIME",
+        value_name = "SECONDS",
+        value_parser = seconds
+    )]
+    max_action_time: Option<Duration>,
+}
+
+impl EmbeddedArguments {
+    /// `None` for another upstream.
+    fn resolve(
+        self,
+        upstream: &Address,
+        environment: &Environment,
+    ) -> Result<Option<EmbeddedConfig>, ConfigError> {
+        if *upstream != Address::Embedded {
+            let set = [
+                ("--cache-dir", self.cache_dir.is_some()),
+                ("--cache-size", self.cache_size.is_some()),
+                ("--jobs", self.jobs.is_some()),
+                ("--sandbox", self.sandbox.is_some()),
+                ("--max-action-time", self.max_action_time.is_some()),
+            ];
+            return match set.into_iter().find(|(_, set)| *set) {
+                Some((flag, _)) => Err(ConfigError::NoEffect {
+                    flag,
+                    reason: "it is about the embedded backend, and --upstream names another",
+                    hint: "leave one of the two out",
+                }),
+                None => Ok(None),
+            };
+        }
+        let cache_dir = self.cache_dir;
+        Ok(Some(EmbeddedConfig {
+            cache_dir: cache_dir.map_or_else(|| environment.default_cache_dir(), Ok)?,
+            cache_size: self.cache_size,
+            jobs: self.jobs.unwrap_or_else(default_jobs),
+            sandbox: self.sandbox.unwrap_or_default(),
+            max_action_time: self.max_action_time.unwrap_or(MAX_SECONDS),
+        }))
     }
 }
 
@@ -217,32 +363,84 @@ impl Arguments {
         let state_dir = self
             .state_dir
             .map_or_else(|| environment.default_state_dir(), Ok)?;
+        // What is set for a primed for all is not about the sockets of one that a run has started.
+        let (tls, allow_uids, metrics) = match self.until_unused {
+            true => (None, Vec::new(), None),
+            false => (self.tls.files(), self.allow_uids, self.metrics),
+        };
         let config = Config {
+            embedded: self.embedded.resolve(&self.upstream, environment)?,
             on_the_way: self.on_the_way.resolve(&self.upstream)?,
             upstream: self.upstream,
             upstream_tls: self.upstream_tls.files(),
             listen,
-            tls: self.tls.files(),
-            allow_uids: self.allow_uids,
+            tls,
+            allow_uids,
             max_connections: self.max_connections,
             max_streams: self.max_streams,
             admin,
+            metrics,
             state_dir,
             mode: self.mode,
             share: self.share,
+            // It ends before anybody edits again.
+            watch: self.watch && !self.until_unused,
+            budgets: self.budgets.limits(),
             max_speculative: self.max_speculative.unwrap_or_else(default_max_speculative),
+            hedge_after: self.hedge_after,
             patience: Patience {
                 connect: self.connect_wait,
                 keep_alive: self.keep_alive,
             },
             compat: self.compat,
+            until_unused: self.until_unused,
         };
         Ok(config.check()?)
     }
 }
 
+/// What `primed serve` would do with what is set in the environment, and `upstream` if one is named.
+///
+/// # Errors
+/// Why it would not start.
+pub(super) fn settings(
+    upstream: Option<&Address>,
+    file: Option<&Path>,
+    environment: &Environment,
+) -> Result<Config, Failure> {
+    let flag = |flag: &str, value: Option<String>| value.map(|value| format!("--{flag}={value}"));
+    let file = file.map(|file| file.display().to_string());
+    let upstream = upstream.map(Address::to_string);
+    let words = ["primed", "serve"].map(str::to_owned).into_iter();
+    let words = words
+        .chain(flag("upstream", upstream))
+        .chain(flag("config", file));
+    let command = Cli::command();
+    let parsed = settings::parse(&command, words.map(OsString::from).collect(), environment);
+    let parsed = parsed.and_then(|matches| Ok(Cli::from_arg_matches(&matches)?.command));
+    match parsed {
+        Ok(Command::Serve(arguments)) => arguments.resolve(environment),
+        Ok(_) => Err(Failure::new(
+            exit_codes::USAGE,
+            "this is not `primed serve`",
+        )),
+        Err(Stopped::Failed(failure)) => Err(failure),
+        Err(Stopped::Said(error)) => {
+            let said = error.to_string();
+            let said = said.lines().take_while(|line| !line.is_empty());
+            let said: Vec<&str> = said.map(str::trim).collect();
+            let said = said.join(" ");
+            let said = said.strip_prefix("error: ").unwrap_or(&said);
+            Err(Failure::new(exit_codes::USAGE, said))
+        }
+    }
+}
+
 pub(super) fn run(arguments: Arguments) -> Result<(), Failure> {
     let config = arguments.resolve(&Environment::of_process())?;
+    // Who started it may have blocked some, as `primed run` does.
+    let unblocked = SigSet::all().thread_unblock();
+    unblocked.map_err(|error| Failure::new(exit_codes::FAILURE, error))?;
     block_on(async {
         let failed = |error| Failure::new(exit_codes::FAILURE, error);
         let mut terminate = signal(SignalKind::terminate()).map_err(failed)?;

@@ -28,7 +28,7 @@ pub(super) fn run(arguments: Arguments) -> Result<(), Failure> {
             ));
         }
     };
-    let admin = arguments.admin.resolve()?;
+    let admin = block_on(async { Ok(arguments.admin.find().await?) })?;
     block_on(async {
         match tokio::time::timeout(timeout, admin_client::get(&admin, WAIT_PATH)).await {
             Ok(answered) => answered.map(drop),

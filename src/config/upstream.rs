@@ -43,6 +43,12 @@ pub enum UpstreamConfigError {
     /// Two rules say what to make of one instance.
     #[error("--map-instance: {0} is mapped twice; leave one of the two out")]
     InstanceTwice(Instances),
+    /// There is nobody who would look at it.
+    #[error(
+        "{0} has no effect: calls go to the embedded backend, within primed; name the backend with \
+         --upstream"
+    )]
+    Embedded(&'static str),
 }
 
 impl UpstreamConfig {
@@ -54,6 +60,25 @@ impl UpstreamConfig {
         let mut seen = HashSet::new();
         match self.instances.iter().find(|rule| !seen.insert(&rule.from)) {
             Some(rule) => Err(UpstreamConfigError::InstanceTwice(rule.from.clone())),
+            None => Ok(()),
+        }
+    }
+
+    /// Refuses what makes no sense on the way to the embedded backend.
+    ///
+    /// # Errors
+    /// `Embedded`.
+    pub fn refuse_embedded(&self) -> Result<(), UpstreamConfigError> {
+        let set = [
+            ("--upstream-header", !self.headers.is_empty()),
+            ("--upstream-token-file", self.token_file.is_some()),
+            ("--credential-helper", !self.credential_helpers.is_empty()),
+        ];
+        let set = set
+            .into_iter()
+            .filter_map(|(flag, set)| set.then_some(flag));
+        match set.chain(self.endpoints().map(|(flag, _)| flag)).next() {
+            Some(flag) => Err(UpstreamConfigError::Embedded(flag)),
             None => Ok(()),
         }
     }

@@ -6,10 +6,11 @@ use std::pin::Pin;
 use std::task::{Context, Poll, ready};
 
 use bytes::Bytes;
-use h2::RecvStream;
-use http::HeaderMap;
 use http_body::Body as _;
 use http_body_util::BodyExt as _;
+
+use super::fields::Fields;
+use super::stream::Incoming;
 
 /// Why a body ended before its end.
 pub type BodyError = Box<dyn std::error::Error + Send + Sync>;
@@ -23,18 +24,18 @@ pub struct Body {
     ahead: VecDeque<Bytes>,
     rest: Rest,
     /// Read ahead of their time.
-    trailers: Option<HeaderMap>,
+    trailers: Option<Fields>,
 }
 
 enum Rest {
-    Stream(RecvStream),
+    Stream(Incoming),
     Made(Made),
     Nothing,
 }
 
 impl Body {
     /// What a peer sends.
-    pub fn stream(stream: RecvStream) -> Self {
+    pub fn stream(stream: Incoming) -> Self {
         Body::of(Rest::Stream(stream))
     }
 
@@ -66,7 +67,7 @@ impl Body {
     }
 
     /// The trailers, if they were read ahead and nothing stands before them.
-    pub fn bare_trailers(&self) -> Option<&HeaderMap> {
+    pub fn bare_trailers(&self) -> Option<&Fields> {
         self.trailers.as_ref().filter(|_| self.ahead.is_empty())
     }
 
@@ -103,7 +104,7 @@ impl Body {
     pub fn poll_trailers(
         &mut self,
         cx: &mut Context<'_>,
-    ) -> Poll<Result<Option<HeaderMap>, BodyError>> {
+    ) -> Poll<Result<Option<Fields>, BodyError>> {
         match (self.trailers.take(), &mut self.rest) {
             (None, Rest::Stream(stream)) => stream.poll_trailers(cx).map_err(Into::into),
             (trailers, _) => Poll::Ready(Ok(trailers)),
@@ -127,27 +128,17 @@ impl Rest {
     fn poll_data(
         &mut self,
         cx: &mut Context<'_>,
-        trailers: &mut Option<HeaderMap>,
+        trailers: &mut Option<Fields>,
     ) -> Poll<Option<Result<Bytes, BodyError>>> {
         match self {
-            Rest::Stream(stream) => Poll::Ready(match ready!(stream.poll_data(cx)) {
-                Some(Ok(chunk)) => {
-                    // The sender may send as much again. Nothing grows by that: a chunk that
-                    // cannot be passed on is held, and until it is gone no other is read.
-                    match stream.flow_control().release_capacity(chunk.len()) {
-                        Ok(()) => Some(Ok(chunk)),
-                        Err(error) => Some(Err(error.into())),
-                    }
-                }
-                Some(Err(error)) => Some(Err(error.into())),
-                None => None,
-            }),
+            Rest::Stream(stream) => stream.poll_data(cx).map_err(Into::into),
             Rest::Made(_) if trailers.is_some() => Poll::Ready(None),
             Rest::Made(body) => match ready!(body.as_mut().poll_frame(cx)) {
                 Some(Ok(frame)) => match frame.into_data() {
                     Ok(data) => Poll::Ready(Some(Ok(data))),
                     Err(frame) => {
-                        *trailers = frame.into_trailers().ok();
+                        let map = frame.into_trailers().ok();
+                        *trailers = map.as_ref().map(Fields::from);
                         Poll::Ready(None)
                     }
                 },

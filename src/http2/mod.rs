@@ -1,12 +1,22 @@
-//! What both ends of a forwarded call share: bodies, what moves them, and the settings of HTTP/2.
+//! HTTP/2 for forwarding: both ends of a connection, no more than gRPC needs of it, and no work that
+//! a proxy need not do. Headers stay lists that are shared and hardly ever looked at, bodies stay
+//! chunks that pass by reference count, and all that is due on a socket leaves in one write.
 //!
-//! Raw `h2`, because every layer above it costs: it lets a request's headers and its first message
-//! leave in one write, spares a task and a channel for each call, and shows resets and GOAWAYs as
-//! they came.
+//! `connection` reads and writes frames (`frame`, `outbox`), `streams` knows what they mean (with
+//! `hpack`, `fields`), `stream` is what a call holds. `body` and `pump` move messages from one
+//! stream to another.
 
 pub mod body;
-pub mod gathered;
+pub mod connection;
+pub mod fields;
+pub mod frame;
+pub mod hpack;
+mod outbox;
 pub mod pump;
+pub mod stream;
+mod streams;
+#[cfg(test)]
+mod tests;
 
 use std::time::Duration;
 
@@ -23,12 +33,10 @@ pub const UPSTREAM_WINDOW: u32 = 1024 * 1024 * 1024;
 pub const CLIENT_WINDOW: u32 = 256 * 1024 * 1024;
 /// What the headers of an answer may come to. HTTP/2's usual limit is 16 KiB.
 pub const UPSTREAM_HEADER_LIST: u32 = 1024 * 1024;
-/// What the headers of a call may come to. 40 KiB have been seen, which h2's own limit would answer
-/// with 431; but a few bytes of a header block can stand for that much, on every stream.
+/// What the headers of a call may come to. 40 KiB have been seen, which the usual limit would
+/// forbid; but a few bytes of a header block can stand for that much, on every stream.
 pub const CLIENT_HEADER_LIST: u32 = 256 * 1024;
 /// What may wait for one stream's receiver, in bytes.
 pub const SEND_BUFFER: usize = 512 * 1024;
-/// Memory that unread DATA frames may take beyond their payload, for each connection.
-pub const DATA_FRAME_BUDGET: usize = 16 * 1024 * 1024;
 /// How long a peer may take to open an HTTP/2 connection.
 pub const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(20);

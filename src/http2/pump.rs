@@ -1,108 +1,21 @@
 //! Moves a body from the stream that it comes from to the one that it goes to, no faster than the
-//! receiver takes it: at most one chunk is held here, and `SEND_BUFFER` bytes in h2.
+//! receiver takes it: at most one chunk is held here, and `SEND_BUFFER` bytes wait to be
+//! written.
 
 use std::task::{Context, Poll, ready};
 
-use bytes::{Bytes, BytesMut};
-use h2::{Reason, SendStream};
-use http::HeaderMap;
+use bytes::Bytes;
 
 use super::body::{Body, BodyError};
-
-/// A chunk of at most this size that begins a body is sent without asking for room: it then leaves
-/// in one write with the headers, and this is within every peer's first window.
-const FIRST_CHUNK: usize = 32 * 1024;
-
-/// Chunks below this size are gathered up to `GATHERED`, as far as they are there already: each one
-/// costs some hundred bytes on its way, however small it is.
-const SMALL_CHUNK: usize = 1024;
-const GATHERED: usize = 16 * 1024;
-
-/// Where a body goes: a stream whose headers have been sent, and which is still open.
-pub struct Sink {
-    stream: SendStream<Bytes>,
-    begun: bool,
-}
-
-/// The receiver has reset its stream, or its connection is gone.
-#[derive(Clone, Copy, Debug)]
-pub struct Gone;
-
-impl Sink {
-    /// A sink to which nothing has been sent.
-    pub fn new(stream: SendStream<Bytes>) -> Self {
-        Sink {
-            stream,
-            begun: false,
-        }
-    }
-
-    /// Sends `chunk` as fast as there is room for it, and leaves what has not been sent yet. With
-    /// its end the stream ends too, if it is the `last`.
-    ///
-    /// # Errors
-    /// `Gone`, when nobody takes it.
-    pub fn poll_send(
-        &mut self,
-        cx: &mut Context<'_>,
-        chunk: &mut Bytes,
-        last: bool,
-    ) -> Poll<Result<(), Gone>> {
-        loop {
-            let first = !std::mem::replace(&mut self.begun, true);
-            let room = if chunk.is_empty() || first && chunk.len() <= FIRST_CHUNK {
-                chunk.len()
-            } else {
-                ready!(self.poll_room(cx, chunk.len()))?
-            };
-            let part = chunk.split_to(room.min(chunk.len()));
-            let done = chunk.is_empty();
-            let sent = self.stream.send_data(part, last && done);
-            sent.map_err(|_| Gone)?;
-            if done {
-                return Poll::Ready(Ok(()));
-            }
-        }
-    }
-
-    fn poll_room(&mut self, cx: &mut Context<'_>, size: usize) -> Poll<Result<usize, Gone>> {
-        self.stream.reserve_capacity(size);
-        loop {
-            match self.stream.capacity() {
-                0 => match ready!(self.stream.poll_capacity(cx)) {
-                    Some(Ok(_)) => {}
-                    Some(Err(_)) | None => return Poll::Ready(Err(Gone)),
-                },
-                room => return Poll::Ready(Ok(room)),
-            }
-        }
-    }
-
-    /// Ends the stream with `trailers`.
-    ///
-    /// # Errors
-    /// `Gone`, when nobody takes them.
-    pub fn end(&mut self, trailers: HeaderMap) -> Result<(), Gone> {
-        self.stream.send_trailers(trailers).map_err(|_| Gone)
-    }
-
-    /// Resets the stream.
-    pub fn reset(&mut self, reason: Reason) {
-        self.stream.send_reset(reason);
-    }
-
-    /// Ready when the receiver has gone.
-    pub fn poll_gone(&mut self, cx: &mut Context<'_>) -> Poll<Gone> {
-        self.stream.poll_reset(cx).map(|_| Gone)
-    }
-}
+use super::fields::Fields;
+use super::stream::{Gone, Outgoing};
 
 /// Sees what a pump moves.
 pub trait Witness {
     /// A chunk passes.
     fn data(&mut self, _chunk: &Bytes) {}
     /// The body has ended with these trailers, or without any.
-    fn end(&mut self, _trailers: Option<&HeaderMap>) {}
+    fn end(&mut self, _trailers: Option<&Fields>) {}
 }
 
 impl Witness for () {}
@@ -110,7 +23,7 @@ impl Witness for () {}
 /// One direction of a call.
 pub struct Pump {
     from: Body,
-    to: Sink,
+    to: Outgoing,
     held: Option<Bytes>,
     source: Source,
 }
@@ -132,15 +45,6 @@ pub enum PumpError {
     Sink,
 }
 
-impl Source {
-    fn ended(last: Option<Result<Bytes, BodyError>>) -> Self {
-        match last {
-            Some(Err(error)) => Source::Broken(error),
-            Some(Ok(_)) | None => Source::Drained,
-        }
-    }
-}
-
 impl From<Gone> for PumpError {
     fn from(Gone: Gone) -> Self {
         PumpError::Sink
@@ -149,7 +53,7 @@ impl From<Gone> for PumpError {
 
 impl Pump {
     /// A pump from a body to a sink.
-    pub fn new(from: Body, to: Sink) -> Self {
+    pub fn new(from: Body, to: Outgoing) -> Self {
         Pump {
             from,
             to,
@@ -182,11 +86,15 @@ impl Pump {
             }
             match std::mem::replace(&mut self.source, Source::Flowing) {
                 Source::Flowing => {
-                    let chunk = ready!(self.poll_gather(cx));
-                    // An empty frame says nothing.
-                    if !chunk.is_empty() {
-                        witness.data(&chunk);
-                        self.held = Some(chunk);
+                    match ready!(self.from.poll_data(cx)) {
+                        // An empty frame says nothing.
+                        Some(Ok(chunk)) if chunk.is_empty() => {}
+                        Some(Ok(chunk)) => {
+                            witness.data(&chunk);
+                            self.held = Some(chunk);
+                        }
+                        Some(Err(error)) => self.source = Source::Broken(error),
+                        None => self.source = Source::Drained,
                     }
                     continue;
                 }
@@ -203,39 +111,6 @@ impl Pump {
         }
     }
 
-    /// The next chunk, with those small ones behind it that are there already. Empty if there is
-    /// none; `source` says why.
-    fn poll_gather(&mut self, cx: &mut Context<'_>) -> Poll<Bytes> {
-        let first = match ready!(self.from.poll_data(cx)) {
-            Some(Ok(chunk)) if chunk.len() < SMALL_CHUNK => chunk,
-            Some(Ok(chunk)) => return Poll::Ready(chunk),
-            ended => {
-                self.source = Source::ended(ended);
-                return Poll::Ready(Bytes::new());
-            }
-        };
-        let mut gathered = BytesMut::new();
-        while gathered.len() < GATHERED {
-            match self.from.poll_data(cx) {
-                Poll::Ready(Some(Ok(chunk))) => {
-                    if gathered.is_empty() {
-                        gathered.extend_from_slice(&first);
-                    }
-                    gathered.extend_from_slice(&chunk);
-                }
-                Poll::Ready(ended) => {
-                    self.source = Source::ended(ended);
-                    break;
-                }
-                Poll::Pending => break,
-            }
-        }
-        Poll::Ready(match gathered.is_empty() {
-            true => first,
-            false => gathered.freeze(),
-        })
-    }
-
     /// Ready when the receiver has gone.
     pub fn poll_sink_gone(&mut self, cx: &mut Context<'_>) -> Poll<Gone> {
         self.to.poll_gone(cx)
@@ -247,7 +122,7 @@ impl Pump {
     }
 
     /// The sink that it moved to.
-    pub fn into_sink(self) -> Sink {
+    pub fn into_sink(self) -> Outgoing {
         self.to
     }
 }

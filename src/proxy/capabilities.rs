@@ -19,10 +19,12 @@ use crate::backend::exchange::Answer;
 use crate::backend::upstream::UpstreamError;
 use crate::config::Compat;
 use crate::grpc::{self, Framed, split_message};
+use crate::http2::fields::Fields;
 use crate::reapi::build::bazel::semver::SemVer;
 use crate::reapi::primed::store::v1::RememberedCapabilities;
 use crate::reapi::{GetCapabilitiesRequest, ServerCapabilities};
 use crate::task;
+use crate::whole_file;
 
 pub const METHOD: &str = "/build.bazel.remote.execution.v2.Capabilities/GetCapabilities";
 
@@ -89,11 +91,9 @@ impl Capabilities {
             upstream: self.upstream.clone(),
             by_instance: known.clone().into_iter().collect(),
         };
-        // Written aside and renamed, and one at a time: the lock is held.
-        let aside = self.file.with_extension("new");
+        // One at a time: the lock is held.
         let saved = std::fs::create_dir_all(self.file.parent().unwrap_or(Path::new(".")))
-            .and_then(|()| std::fs::write(&aside, remembered.encode_to_vec()))
-            .and_then(|()| std::fs::rename(&aside, &self.file));
+            .and_then(|()| whole_file::write(&self.file, &remembered.encode_to_vec()));
         if let Err(error) = saved {
             tracing::debug!(file = %self.file.display(), %error, "capabilities cannot be kept");
         }
@@ -146,7 +146,7 @@ async fn pass_on(proxy: &Proxy, instance: String, mut answer: Box<Answer>, mut r
         Some(Err(error)) => return reply.fail(&error.into(), None),
         None => return,
     };
-    let trailers = whole.trailers().cloned().unwrap_or_default();
+    let trailers = whole.trailers().map(Fields::from).unwrap_or_default();
     let mut body = whole.to_bytes();
     if grpc::status(&trailers) == Some(Code::Ok as u32)
         && let Some(Framed::Plain(message)) = split_message(&mut body.clone())
@@ -154,7 +154,7 @@ async fn pass_on(proxy: &Proxy, instance: String, mut answer: Box<Answer>, mut r
         let shown = proxy.capabilities.shown(&message);
         if shown != message {
             body = grpc::framed(&shown);
-            head.headers_mut().remove(CONTENT_LENGTH);
+            head.headers.remove(&CONTENT_LENGTH);
         }
         proxy.capabilities.remember(instance, &message);
     }

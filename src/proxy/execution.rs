@@ -1,24 +1,28 @@
-//! `Execute`: forwarded and observed; one for an action in flight joins it, and sees the stages
-//! and the result of the execution that is under way. If that one ends otherwise than with a
-//! result, the client's own call is forwarded.
+//! `Execute`: forwarded and observed; one for what is in flight, or what another client executes,
+//! joins that, and sees its stages and its result. If that one ends otherwise than with a result,
+//! the client's own call is made.
 
 use std::sync::Arc;
 
-use tokio::sync::watch;
-use tonic::Code;
-
-use super::parent_answer::{completed, completing};
+use super::alike::{Circle, Wish, may_be_shared};
+use super::joining::{Joined, Joiner};
+use super::leading::lead;
+use super::parent_answer::completing;
+use super::shared_execution::Entered;
 use super::tap::{Method, Tap};
-use super::{Asked, Call, Proxy, Reply, about, asked};
-use crate::grpc;
+use super::{Asked, Call, Observed, Proxy, Reply, about, asked};
+use crate::backend::exchange::Answer;
+use crate::backend::upstream::UpstreamError;
 use crate::reapi::ExecuteRequest;
 use crate::speculation::Engine;
-use crate::speculation::flights::{Ending, Stage};
-use crate::speculation::observation::{Answer, Call as Observed, Observation};
+use crate::speculation::observation::Observation;
 
 pub const METHOD: &str = "/build.bazel.remote.execution.v2.Execution/Execute";
 
-pub async fn call(proxy: Arc<Proxy>, engine: Engine, call: Call, mut reply: Reply) {
+/// How often a client joins in vain before its own call is made for it alone.
+const ATTEMPTS: usize = 2;
+
+pub async fn call(proxy: Arc<Proxy>, engine: Arc<Engine>, call: Call, mut reply: Reply) {
     let mut call = call;
     let read = |request: ExecuteRequest| {
         if request.skip_cache_lookup {
@@ -32,84 +36,126 @@ pub async fn call(proxy: Arc<Proxy>, engine: Engine, call: Call, mut reply: Repl
         Some(Asked::LeftAlone) => return proxy.forward(call, reply, None).await,
         None => return,
     };
-    let observed = call.observed(key);
-    if let Some(stage) = engine.flights().join(&observed.key) {
-        return joined(proxy, engine, call, observed, stage, reply).await;
+    let mut observed = call.observed(key);
+    // A request that cannot be sent twice, or on behalf of another, is the client's own alone.
+    let mut wish = call.again().map(|_| Wish {
+        circle: Circle::of(&call, &observed.key),
+        request: call.read(),
+    });
+    let peer = call.peer.id();
+    if let Some(wish) = &wish
+        && let Some(operation) = proxy.joining.redeem(peer, wish)
+    {
+        let joiner = Joiner {
+            proxy: &proxy,
+            engine: &engine,
+            observed,
+            own: None,
+        };
+        return joiner.end(operation, reply, true).await;
     }
-    own_call(proxy, engine, call, observed, reply).await;
+    let mut is_sharable = false;
+    for _ in 0..ATTEMPTS {
+        let joined = match join(&proxy, &engine, &observed, wish.as_ref()) {
+            Some(joined) => joined,
+            None => match wish
+                .clone()
+                .map(|wish| proxy.joining.executions.enter(wish, peer))
+            {
+                Some(Entered::Join(reader)) => Joined::Shared(reader),
+                Some(Entered::Lead(shared)) => {
+                    let Some(whole) = call.again() else { break };
+                    tell(&engine, &observed);
+                    let leader = lead(&proxy, &engine, shared, whole);
+                    let executes = leader.executes.clone();
+                    let told = finish(engine, observed, reply, leader.answer(), executes);
+                    return Box::pin(told).await;
+                }
+                None => break,
+            },
+        };
+        if matches!(joined, Joined::Shared(_)) && !is_sharable {
+            let may = Box::pin(may_be_shared(&proxy, &call, &observed.key));
+            is_sharable = match reply.unless_gone(may).await {
+                Some(may) => may,
+                None => return,
+            };
+            if !is_sharable {
+                wish = None;
+                continue;
+            }
+        }
+        let joiner = Joiner {
+            proxy: &proxy,
+            engine: &engine,
+            observed,
+            own: wish.clone().zip(call.again()),
+        };
+        match Box::pin(joiner.follow(joined, reply)).await {
+            Some(unanswered) => {
+                let is_impatient = unanswered.is_impatient;
+                (observed, reply) = (unanswered.observed, unanswered.reply);
+                if is_impatient {
+                    break;
+                }
+            }
+            None => return,
+        }
+    }
+    tell(&engine, &observed);
+    followed(proxy, engine, call, observed, reply).await;
 }
 
-/// Forwards the client's own call, observed.
-async fn own_call(proxy: Arc<Proxy>, engine: Engine, call: Call, observed: Observed, reply: Reply) {
+/// What is under way. Where both are, primed has been silent for so long that a client executes it
+/// as well.
+fn join(
+    proxy: &Proxy,
+    engine: &Engine,
+    observed: &Observed,
+    wish: Option<&Wish>,
+) -> Option<Joined> {
+    let shared = wish.and_then(|wish| {
+        proxy
+            .joining
+            .executions
+            .join(wish, observed.origin.peer.id())
+    });
+    let flight = || engine.flights().join(&observed.key).map(Joined::flight);
+    shared.map(Joined::Shared).or_else(flight)
+}
+
+/// Tells the engine that the client's own execution begins.
+fn tell(engine: &Engine, observed: &Observed) {
     engine.observe(Observation::Executing {
         origin: observed.origin.clone(),
         key: observed.key.clone(),
     });
-    followed(proxy, engine, call, observed, reply).await;
 }
 
 /// Forwards a call that tells of the client's own execution to its end, observed.
 pub async fn followed(
     proxy: Arc<Proxy>,
-    engine: Engine,
+    engine: Arc<Engine>,
     call: Call,
     observed: Observed,
-    mut reply: Reply,
+    reply: Reply,
 ) {
     let guard = engine.flights().client_executes(observed.key.clone());
-    if let Some(answer) = reply.unless_gone(proxy.send(call)).await {
-        let answer =
-            answer.map(|answer| completing(&engine, &observed.key, Method::Execution, answer));
-        let tap = Tap::new(engine, Method::Execution, observed).holding(guard);
-        reply.finish(answer, Some(tap)).await;
-    }
+    finish(engine, observed, reply, proxy.send(call), guard).await;
 }
 
-/// Tells the client what becomes of the flight that it joins. Nothing is sent before the flight has
-/// something to tell, so that one that comes to nothing leaves no trace in the client's own call.
-async fn joined(
-    proxy: Arc<Proxy>,
-    engine: Engine,
-    call: Call,
-    mut observed: Observed,
-    mut stage: watch::Receiver<Stage>,
+/// Passes the answer on to its end, observed; `executes` is kept until the engine knows of it.
+async fn finish(
+    engine: Arc<Engine>,
+    observed: Observed,
     mut reply: Reply,
+    answer: impl Future<Output = Result<Box<Answer>, UpstreamError>>,
+    executes: impl Send + 'static,
 ) {
-    loop {
-        let now = stage.borrow_and_update().clone();
-        let (operation, ended) = match now {
-            Stage::Running(Some(operation)) => (Some(operation), false),
-            Stage::Ended(Ending::Succeeded(operation)) => (Some(operation), true),
-            Stage::Ended(_) => break,
-            Stage::Queued | Stage::Running(None) => (None, false),
-        };
-        if let Some(mut operation) = operation {
-            if ended {
-                let last = Box::pin(completed(&engine, &observed.key, operation));
-                match reply.unless_gone(last).await {
-                    Some(completed) => operation = completed,
-                    None => return,
-                }
-            }
-            let framed = grpc::framed(&operation);
-            let joined = call.began.elapsed();
-            observed.joined.get_or_insert(joined);
-            match reply.message(framed.clone()).await {
-                Some(rest) => reply = rest,
-                None => return,
-            }
-            if ended {
-                let tap = Tap::new(engine.clone(), Method::Execution, observed);
-                tap.end_with(Answer::of_message(framed));
-                return reply.end(Code::Ok, "");
-            }
-        }
-        match reply.unless_gone(stage.changed()).await {
-            Some(Ok(())) => {}
-            Some(Err(_)) => break,
-            None => return,
-        }
+    if let Some(answer) = reply.unless_gone(answer).await {
+        let answer =
+            answer.map(|answer| completing(&engine, &observed.key, Method::Execution, answer));
+        let tap = Tap::new(engine, Method::Execution, observed).holding(executes);
+        reply.finish(answer, Some(tap)).await;
     }
-    observed.joined = None;
-    own_call(proxy, engine, call, observed, reply).await;
 }

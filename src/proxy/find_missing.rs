@@ -14,7 +14,7 @@ use prost::Message as _;
 pub const METHOD: &str =
     "/build.bazel.remote.execution.v2.ContentAddressableStorage/FindMissingBlobs";
 
-pub async fn call(proxy: Arc<Proxy>, engine: Engine, call: Call, mut reply: Reply) {
+pub async fn call(proxy: Arc<Proxy>, engine: Arc<Engine>, call: Call, mut reply: Reply) {
     let mut call = call;
     let origin = call.origin();
     let hit = match action_of_proxy(&origin.request_metadata()) {

@@ -1,28 +1,35 @@
 //! Forwards any gRPC method, known or not, at the level of HTTP/2: headers, messages and
 //! trailers pass as they came. A few methods get more than that, in a file each: `lookup` and
 //! `execution` are observed, may wait for what is in flight, and tell what was executed on behalf of
-//! an action, and so does `waiting`; `find_missing` tells of lookups that a proxy has answered;
+//! an action, and so does `waiting`; clients that execute the same share one call (`joining`,
+//! `shared_execution`, `leading`), which `cancelling` knows of; `find_missing` tells of lookups that a proxy has answered;
 //! `capabilities` are remembered, and `health` is told, for when the upstream cannot say it itself.
 
+mod alike;
+mod cancelling;
 mod capabilities;
 mod execution;
 mod find_missing;
 mod health;
+mod joining;
+mod leading;
 mod lookup;
 mod parent_answer;
 mod reply;
+mod shared_execution;
 mod subactions;
 mod tap;
 mod waiting;
 
+use std::collections::VecDeque;
 use std::future::poll_fn;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
-use h2::RecvStream;
-use http::Request;
+use http::Method;
+use http::header::HeaderName;
 use http::uri::PathAndQuery;
 use prost::Message;
 
@@ -32,19 +39,23 @@ use crate::backend::upstream::{Head, Upstream, UpstreamError};
 use crate::cas::DigestFunction;
 use crate::grpc::{self, Framed, joined, split_message};
 use crate::http2::body::Body;
+use crate::http2::connection::Request;
+use crate::meters::METERS;
 use crate::reapi::{self, digest_function::Value};
 use crate::speculation::Engine;
 use crate::speculation::flights::FlightKey;
-use crate::speculation::observation::{Call as Observed, CallOrigin};
+use crate::speculation::observation::{self, CallOrigin};
 use crate::task;
 use crate::workspace::peer::Peer;
 
 pub use capabilities::Capabilities;
+pub use joining::Joining;
 pub use reply::Reply;
 use tap::Tap;
 
 /// An observed request whose message is longer than this is forwarded unobserved.
 const MAX_OBSERVED_REQUEST: usize = 64 * 1024;
+const REQUEST_METADATA: HeaderName = HeaderName::from_static(REQUEST_METADATA_KEY);
 /// The longest that a lookup is held for what is in flight, where the client names no deadline.
 const MAX_HOLD: Duration = Duration::from_secs(60);
 
@@ -54,8 +65,10 @@ pub struct Proxy {
     pub upstream: Upstream,
     /// What the upstream can do, as it last said.
     pub capabilities: Arc<Capabilities>,
-    /// Without an engine nothing is observed.
-    pub engine: Option<Engine>,
+    /// Without an engine nothing is observed, and nothing joined.
+    pub engine: Option<Arc<Engine>>,
+    /// What clients execute together.
+    pub joining: Arc<Joining>,
 }
 
 /// One connection of a client.
@@ -79,6 +92,9 @@ impl Client {
     }
 }
 
+/// What the engine will be told of a call. Boxed, for it is passed through many hands.
+type Observed = Box<observation::Call>;
+
 /// One call of a client, as it came.
 struct Call {
     peer: Arc<Peer>,
@@ -90,16 +106,17 @@ struct Call {
 impl Proxy {
     /// Answers one call of `client`, in a task of its own. A method has a task of its own kind, for
     /// what a task may come to hold is moved about when it starts.
-    pub fn serve(self: &Arc<Self>, client: &Client, request: Request<RecvStream>, reply: Reply) {
+    pub fn serve(self: &Arc<Self>, client: &Client, request: Request) {
         let first = !client.has_called.swap(true, Ordering::Relaxed);
-        let (parts, body) = request.into_parts();
-        let path = parts.uri.into_parts().path_and_query;
+        let Request { head, body, reply } = request;
+        let reply = Reply::due(reply);
+        let path = head.path.clone();
         let call = Call {
             peer: client.peer.clone(),
             head: Head {
-                method: parts.method,
+                method: head.method.clone().unwrap_or(Method::POST),
                 path: path.unwrap_or_else(|| PathAndQuery::from_static("/")),
-                headers: parts.headers,
+                headers: head.fields.clone(),
             },
             body: Body::stream(body),
             began: Instant::now(),
@@ -107,6 +124,7 @@ impl Proxy {
         if let (Some(engine), true) = (&self.engine, first) {
             engine.observe_first(call.origin());
         }
+        let reply = reply.metered(METERS.calls.begin(call.head.path.path()));
         let this = self.clone();
         match (call.head.path.path(), &self.engine) {
             (lookup::METHOD, Some(engine)) => {
@@ -120,6 +138,10 @@ impl Proxy {
             }
             (waiting::METHOD, Some(engine)) => {
                 task::spawn("waiting", waiting::call(this, engine.clone(), call, reply));
+            }
+            (cancelling::METHOD, Some(engine)) => {
+                let engine = engine.clone();
+                task::spawn("cancelling", cancelling::call(this, engine, call, reply));
             }
             (find_missing::METHOD, Some(engine)) => {
                 let engine = engine.clone();
@@ -165,18 +187,20 @@ impl Call {
     fn origin(&self) -> CallOrigin {
         CallOrigin {
             peer: self.peer.clone(),
-            metadata: self.head.headers.get(REQUEST_METADATA_KEY).cloned(),
+            metadata: self.head.headers.get(&REQUEST_METADATA).cloned(),
         }
     }
 
     /// What the engine will be told of it, as far as it is known before the answer.
     fn observed(&self, key: FlightKey) -> Observed {
-        Observed {
+        Box::new(observation::Call {
             origin: self.origin(),
             key,
             joined: None,
+            began: self.began,
+            ended: self.began,
             answer: Default::default(),
-        }
+        })
     }
 
     /// What is sent upstream now.
@@ -234,6 +258,27 @@ impl Call {
         })
     }
 
+    /// It without a request.
+    fn bare(&self) -> Self {
+        Call {
+            peer: self.peer.clone(),
+            head: self.head.clone(),
+            body: Body::empty(),
+            began: self.began,
+        }
+    }
+
+    /// A call of primed's own on behalf of the same client, without a deadline.
+    fn beside(&self, method: &'static str, request: &impl Message) -> Self {
+        let mut call = self.bare();
+        call.head.path = PathAndQuery::from_static(method);
+        call.head.headers.remove(&http::header::CONTENT_LENGTH);
+        grpc::forget_timeout(&mut call.head.headers);
+        let framed = grpc::framed(&request.encode_to_vec());
+        call.body.put_back(VecDeque::from([framed]));
+        call
+    }
+
     /// Until when it may be held: well within the client's own deadline.
     fn hold_until(&self) -> Instant {
         let timeout = grpc::timeout(&self.head.headers);
@@ -270,6 +315,24 @@ async fn asked<M: Message + Default>(
         }
         Asked::LeftAlone
     }))
+}
+
+/// The same of a request about an operation, with the operation's name, which `read_name` takes out.
+/// What it executes is asked about if primed has seen it begin.
+async fn asked_by_name<M: Message + Default>(
+    engine: &Engine,
+    call: &mut Call,
+    reply: &mut Reply,
+    read_name: impl FnOnce(M) -> String,
+) -> Option<(Asked, String)> {
+    let mut name = String::new();
+    let read = |request| {
+        name = read_name(request);
+        let known = engine.operation(&name);
+        Some(known.map_or(Asked::LeftAlone, Asked::About))
+    };
+    let asked = asked(call, reply, read).await?;
+    Some((asked, name))
 }
 
 /// The asked-for action under its instance; `None` if the digest is malformed.

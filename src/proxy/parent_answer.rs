@@ -3,6 +3,7 @@
 //! that are compressed or very long do so too.
 
 use std::pin::Pin;
+use std::sync::Arc;
 use std::task::{Context, Poll, ready};
 
 use bytes::{Bytes, BytesMut};
@@ -24,26 +25,26 @@ const MAX_MESSAGE: usize = 4 * 1024 * 1024;
 /// The answer that the client gets for `answer`, to a call about the action `key`. That an
 /// `Execute` is about a parent may become known while it runs.
 pub fn completing(
-    engine: &Engine,
+    engine: &Arc<Engine>,
     key: &FlightKey,
     method: Method,
     mut answer: Box<Answer>,
 ) -> Box<Answer> {
     let is_looked_at = match method {
         // By then it is too late for what has said how long it is.
-        Method::Execution if !answer.head.headers().contains_key(CONTENT_LENGTH) => true,
+        Method::Execution if !answer.head.headers.contains_key(&CONTENT_LENGTH) => true,
         Method::Execution | Method::Lookup => engine.subactions().expects(key),
     };
     if !is_looked_at || answer.is_end_stream() {
         return answer;
     }
-    answer.head.headers_mut().remove(CONTENT_LENGTH);
+    answer.head.headers.remove(&CONTENT_LENGTH);
     let call = ParentCall::new(engine, key, method);
     answer.with_body(|body| Body::made(ParentAnswer::new(call, body)))
 }
 
 /// The last message that the client gets for `operation`, which ended an execution of `key`.
-pub async fn completed(engine: &Engine, key: &FlightKey, operation: Bytes) -> Bytes {
+pub async fn completed(engine: &Arc<Engine>, key: &FlightKey, operation: Bytes) -> Bytes {
     let call = ParentCall::new(engine, key, Method::Execution);
     match call.unfilled(operation.clone()) {
         Some(unfilled) if call.is_about_parent() => call.filled(unfilled, operation).await,
@@ -54,13 +55,13 @@ pub async fn completed(engine: &Engine, key: &FlightKey, operation: Bytes) -> By
 /// A call about an action that may be a parent.
 #[derive(Clone)]
 struct ParentCall {
-    engine: Engine,
+    engine: Arc<Engine>,
     key: FlightKey,
     method: Method,
 }
 
 impl ParentCall {
-    fn new(engine: &Engine, key: &FlightKey, method: Method) -> Self {
+    fn new(engine: &Arc<Engine>, key: &FlightKey, method: Method) -> Self {
         ParentCall {
             engine: engine.clone(),
             key: key.clone(),
@@ -171,7 +172,9 @@ impl http_body::Body for ParentAnswer {
                 None if !this.held.is_empty() => break this.held.split().freeze(),
                 None => {
                     let trailers = ready!(this.body.poll_trailers(cx))?;
-                    return Poll::Ready(trailers.map(|trailers| Ok(Frame::trailers(trailers))));
+                    return Poll::Ready(
+                        trailers.map(|trailers| Ok(Frame::trailers(trailers.to_map()))),
+                    );
                 }
             }
         };

@@ -5,10 +5,7 @@ use std::pin::Pin;
 use std::task::{Context, Poll};
 
 use bytes::Bytes;
-use h2::Reason;
-use h2::server::SendResponse;
-use http::Response;
-use http::header::{CONTENT_TYPE, HeaderMap, HeaderValue};
+use http::header::{CONTENT_TYPE, HeaderValue};
 use pin_project_lite::pin_project;
 use tonic::Code;
 
@@ -17,20 +14,48 @@ use crate::backend::exchange::{Answer, CallError, Passed};
 use crate::backend::instance_rewriter::RewriteError;
 use crate::backend::upstream::UpstreamError;
 use crate::grpc;
-use crate::http2::pump::{Gone, Sink};
+use crate::http2::fields::Fields;
+use crate::http2::frame::Reason;
+use crate::http2::pump::Witness;
+use crate::http2::stream::{AnswerHead, Outgoing};
+use crate::meters::calls::CallMeter;
 
 const APPLICATION_GRPC: HeaderValue = HeaderValue::from_static("application/grpc");
 
 /// What a client is told. Errors of its stream are not reported: they mean that it has gone, and
 /// there is nobody to tell.
-pub enum Reply {
-    /// Nothing has been sent.
-    Due(SendResponse<Bytes>),
-    /// The headers have been sent.
-    Begun(Sink),
+pub struct Reply {
+    stream: Outgoing,
+    /// Whether the headers have been sent.
+    is_begun: bool,
+    /// Counts the call, with the status that the client is told.
+    meter: Option<CallMeter>,
 }
 
 impl Reply {
+    /// One to a client that has been told nothing yet.
+    pub fn due(stream: Outgoing) -> Self {
+        Reply {
+            stream,
+            is_begun: false,
+            meter: None,
+        }
+    }
+
+    /// Has `meter` count how it ends.
+    pub fn metered(self, meter: CallMeter) -> Self {
+        Reply {
+            meter: Some(meter),
+            ..self
+        }
+    }
+
+    fn count(&mut self, status: Option<u32>) {
+        if let Some(meter) = &mut self.meter {
+            meter.status(status);
+        }
+    }
+
     /// The output of `future`, or `None` if the client goes away before that.
     pub fn unless_gone<F: Future>(&mut self, future: F) -> UnlessGone<'_, F> {
         UnlessGone {
@@ -40,55 +65,57 @@ impl Reply {
     }
 
     /// Ends the call with a status of primed's own.
-    pub fn end(self, code: Code, message: &str) {
+    pub fn end(mut self, code: Code, message: &str) {
+        self.count(Some(code as u32));
         let trailers = grpc::trailers(code, message);
-        match self {
-            Reply::Due(mut stream) => {
+        let _ = match self.is_begun {
+            true => self.stream.end(trailers),
+            false => {
                 let mut head = grpc_head();
-                head.headers_mut().extend(trailers);
-                let _ = stream.send_response(head, true);
+                head.headers.extend(trailers);
+                self.stream.answer(head, true)
             }
-            Reply::Begun(mut sink) => {
-                let _ = sink.end(trailers);
-            }
-        }
+        };
     }
 
     /// Resets the stream, as the upstream did.
-    pub fn reset(self, reason: Reason) {
-        match self {
-            Reply::Due(mut stream) => stream.send_reset(reason),
-            Reply::Begun(mut sink) => sink.reset(reason),
-        }
+    pub fn reset(mut self, reason: Reason) {
+        self.stream.reset(reason);
     }
 
     /// Sends one message of primed's own, with its prefix. Returns when it is on its way, with
     /// what is left of the reply: nothing, if the client has gone.
-    pub async fn message(self, framed: Bytes) -> Option<Self> {
-        let mut framed = framed;
-        let mut sink = match self {
-            Reply::Due(mut stream) => Sink::new(stream.send_response(grpc_head(), false).ok()?),
-            Reply::Begun(sink) => sink,
-        };
-        poll_fn(|cx| match sink.poll_send(cx, &mut framed, false) {
-            Poll::Pending => sink.poll_gone(cx).map(Err),
+    pub async fn message(mut self, framed: Bytes) -> Option<Self> {
+        self.begin(grpc_head())?;
+        self.send(framed).await?;
+        Some(self)
+    }
+
+    async fn send(&mut self, data: Bytes) -> Option<()> {
+        let mut data = data;
+        let stream = &mut self.stream;
+        let sent = poll_fn(|cx| match stream.poll_send(cx, &mut data, false) {
+            Poll::Pending => stream.poll_gone(cx).map(Err),
             sent => sent,
-        })
-        .await
-        .ok()?;
-        Some(Reply::Begun(sink))
+        });
+        sent.await.ok()
     }
 
     /// Sends a whole answer.
-    pub async fn whole(self, head: Response<()>, data: Bytes, trailers: HeaderMap) {
-        let Reply::Due(mut stream) = self else { return };
-        let Ok(stream) = stream.send_response(head, false) else {
-            return;
-        };
-        let begun = Reply::Begun(Sink::new(stream));
-        if let Some(Reply::Begun(mut sink)) = begun.message(data).await {
-            let _ = sink.end(trailers);
+    pub async fn whole(mut self, head: AnswerHead, data: Bytes, trailers: Fields) {
+        if self.begin(head).is_some() && self.send(data).await.is_some() {
+            self.count(grpc::status(&trailers));
+            let _ = self.stream.end(trailers);
         }
+    }
+
+    /// Sends these headers, if none have been sent yet. `None` if the client has gone.
+    fn begin(&mut self, head: AnswerHead) -> Option<()> {
+        if !self.is_begun {
+            self.stream.answer(head, false).ok()?;
+            self.is_begun = true;
+        }
+        Some(())
     }
 
     /// Passes on what came of a call.
@@ -100,31 +127,40 @@ impl Reply {
     }
 
     /// Passes the upstream's answer on to its end, while `tap` sees it.
-    async fn pass_on(self, answer: Box<Answer>, tap: Option<Tap>) {
-        let mut tap = tap;
+    async fn pass_on(mut self, answer: Box<Answer>, tap: Option<Tap>) {
         let mut answer = answer;
         let head = std::mem::take(&mut answer.head);
         if answer.is_end_stream() {
             // Trailers-Only, in gRPC's words: the status stands in the headers.
+            let status = grpc::status(&head.headers);
+            self.count(status);
             if let Some(tap) = tap {
-                tap.end(grpc::status(head.headers()));
+                tap.end(status);
             }
-            let _ = match self {
-                Reply::Due(mut stream) => stream.send_response(head, true).map(drop).or(Err(Gone)),
-                Reply::Begun(mut sink) => sink.end(head.into_parts().0.headers),
+            let _ = match self.is_begun {
+                true => self.stream.end(head.headers),
+                false => self.stream.answer(head, true),
             };
             return;
         }
-        let sink = match self {
-            Reply::Due(mut stream) => match stream.send_response(head, false) {
-                Ok(stream) => Sink::new(stream),
-                Err(_) => return,
-            },
-            Reply::Begun(sink) => sink,
+        if self.begin(head).is_none() {
+            return;
+        }
+        let mut witnesses = Witnesses {
+            tap,
+            meter: self.meter,
         };
-        match answer.pass_on(sink, &mut tap).await {
+        match answer.pass_on(self.stream, &mut witnesses).await {
             Passed::Whole | Passed::ReceiverGone => {}
-            Passed::BrokenOff(error, sink) => Reply::Begun(sink).fail(&error.into(), tap),
+            Passed::BrokenOff(error, stream) => {
+                let Witnesses { tap, meter } = witnesses;
+                let reply = Reply {
+                    stream,
+                    is_begun: true,
+                    meter,
+                };
+                reply.fail(&error.into(), tap);
+            }
         }
     }
 
@@ -160,6 +196,25 @@ impl Reply {
     }
 }
 
+/// Those who see an answer pass.
+struct Witnesses {
+    tap: Option<Tap>,
+    meter: Option<CallMeter>,
+}
+
+impl Witness for Witnesses {
+    fn data(&mut self, chunk: &Bytes) {
+        self.tap.data(chunk);
+    }
+
+    fn end(&mut self, trailers: Option<&Fields>) {
+        if let Some(meter) = &mut self.meter {
+            meter.status(trailers.and_then(grpc::status));
+        }
+        self.tap.end(trailers);
+    }
+}
+
 pin_project! {
     /// See `Reply::unless_gone`. A type of its own, because an `async fn` would hold the future
     /// twice.
@@ -175,16 +230,16 @@ impl<F: Future> Future for UnlessGone<'_, F> {
 
     fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
         let this = self.project();
-        match (this.future.poll(cx), this.reply) {
-            (Poll::Ready(output), _) => Poll::Ready(Some(output)),
-            (Poll::Pending, Reply::Due(stream)) => stream.poll_reset(cx).map(|_| None),
-            (Poll::Pending, Reply::Begun(sink)) => sink.poll_gone(cx).map(|_| None),
+        match this.future.poll(cx) {
+            Poll::Ready(output) => Poll::Ready(Some(output)),
+            Poll::Pending => this.reply.stream.poll_gone(cx).map(|_| None),
         }
     }
 }
 
-fn grpc_head() -> Response<()> {
-    let mut head = Response::new(());
-    head.headers_mut().insert(CONTENT_TYPE, APPLICATION_GRPC);
-    head
+fn grpc_head() -> AnswerHead {
+    AnswerHead {
+        headers: Fields::from_iter([(CONTENT_TYPE, APPLICATION_GRPC)]),
+        ..AnswerHead::default()
+    }
 }

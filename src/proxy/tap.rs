@@ -1,10 +1,13 @@
 //! Taps: copies of reference-counted frames of the few methods that are observed. A tap never
 //! waits and never holds more than a bound; what it cannot keep it gives up and counts.
 
+use std::sync::Arc;
+use std::time::Instant;
+
 use bytes::Bytes;
-use http::HeaderMap;
 
 use crate::grpc;
+use crate::http2::fields::Fields;
 use crate::http2::pump::Witness;
 use crate::reapi::google::longrunning::Operation;
 use crate::speculation::Engine;
@@ -30,7 +33,7 @@ impl Witness for Option<Tap> {
         }
     }
 
-    fn end(&mut self, trailers: Option<&HeaderMap>) {
+    fn end(&mut self, trailers: Option<&Fields>) {
         if let Some(tap) = self.take() {
             tap.end(trailers.and_then(grpc::status));
         }
@@ -39,9 +42,9 @@ impl Witness for Option<Tap> {
 
 /// Collects the answer to one call and tells the engine when it is complete.
 pub struct Tap {
-    engine: Engine,
+    engine: Arc<Engine>,
     method: Method,
-    call: Call,
+    call: Box<Call>,
     size: usize,
     given_up: bool,
     /// Whether it is known what the upstream calls the execution.
@@ -52,7 +55,7 @@ pub struct Tap {
 
 impl Tap {
     /// A tap for a call that has just begun.
-    pub fn new(engine: Engine, method: Method, call: Call) -> Self {
+    pub fn new(engine: Arc<Engine>, method: Method, call: Box<Call>) -> Self {
         Tap {
             engine,
             method,
@@ -109,6 +112,7 @@ impl Tap {
             return;
         }
         self.call.answer.status = status;
+        self.call.ended = Instant::now();
         self.engine.observe(match self.method {
             Method::Lookup => Observation::Lookup(self.call),
             Method::Execution => Observation::Execution(self.call),

@@ -2,45 +2,63 @@
 //! `primed wait`, and the records for `primed export` and `primed import`. Plain HTTP/1.1, so that
 //! `curl --unix-socket` works too.
 
-use std::convert::Infallible;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
-use http::header::CONTENT_TYPE;
-use http::{HeaderValue, Method, Request, Response, StatusCode};
+use http::{Method, Request, Response, StatusCode};
 use http_body_util::{BodyExt, Full, Limited};
 use hyper::body::Incoming as Body;
-use hyper::server::conn::http1;
-use hyper::service::service_fn;
-use hyper_util::rt::{TokioIo, TokioTimer};
 use serde::{Deserialize, Serialize};
 use tokio::sync::{mpsc, oneshot};
 
-use super::ACCEPT_PAUSE;
 use super::listen::Listener;
+use super::metrics::{self, METRICS_PATH};
+use super::pages::{self, Lifetime, of_type, text};
+use super::runs::{OpenPage, Runs};
 use crate::address::Address;
+use crate::backend::embedded::{Embedded, Usage};
 use crate::backend::health::{UpstreamHealth, UpstreamState};
+use crate::speculation::accounting::Totals;
 use crate::speculation::archive::{
     self, ArchiveError, Import, Incoming, Listed, Reply, Request as RecordsRequest,
 };
-use crate::speculation::engine::{Request as EngineRequest, Status};
-use crate::speculation::flights::Flights;
+use crate::speculation::engine::{BuildStatus, Request as EngineRequest, Status};
+use crate::speculation::explain::{ExplainError, Question};
+use crate::speculation::flights::{Flights, RunningFlight};
 use crate::speculation::interchange::MAX_MESSAGE;
+use crate::speculation::library::JournalError;
 use crate::speculation::parent::WeakKey;
-use crate::task;
+use crate::speculation::store;
+use crate::workspace::peer::PeerOrigin;
 
 /// Where the state of things is.
 pub const STATUS_PATH: &str = "/status";
 /// Where one waits for quiet.
 pub const WAIT_PATH: &str = "/wait";
+/// The builds that are known, newest first; with a slash and the beginning of an id after it, the
+/// journal of one.
+pub const BUILDS_PATH: &str = "/builds";
+/// Where a question about actions is posted: a JSON object.
+pub const EXPLAIN_PATH: &str = "/explain";
 /// The recorded parents; with a slash and a weak key after it, one of them. A message is added by
 /// POST, and takes the place of other records by PUT.
 pub const RECORDS_PATH: &str = "/records";
 
+/// How long a question may be, in bytes.
+const MAX_QUESTION: usize = 64 * 1024;
+/// Where `primed run` opens its runs; with a slash and its id after it, one of them.
+pub const RUNS_PATH: &str = "/runs";
+
+/// The longest request that opens a run: a command may be long.
+const MAX_OPEN_PAGE: usize = 1024 * 1024;
+
 /// How long the engine may take to describe itself.
 const STATUS_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// How many running flights a page names.
+const MOST_FLIGHTS: usize = 100;
 
 /// What the admin socket shows and asks.
 #[derive(Clone)]
@@ -49,12 +67,16 @@ pub struct Admin {
     pub upstream: Address,
     /// Whether that can be reached.
     pub health: Arc<UpstreamHealth>,
+    /// The backend within primed, where it is the upstream.
+    pub embedded: Option<Arc<Embedded>>,
     /// What is in flight.
     pub flights: Arc<Flights>,
     /// The engine, unless the mode is `none`.
     pub engine: Option<mpsc::Sender<EngineRequest>>,
     /// Where records are kept.
     pub state_dir: PathBuf,
+    /// The runs that are open.
+    pub runs: Runs,
 }
 
 /// The recorded parents of a running primed.
@@ -66,20 +88,34 @@ pub struct RecordsList {
     pub parents: Vec<Listed>,
 }
 
+/// The builds that a running primed knows.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct BuildsList {
+    /// Newest first.
+    pub builds: Vec<BuildStatus>,
+}
+
 /// The object that `primed status --json` prints.
 #[derive(Debug, Serialize)]
 pub struct StatusPage {
     version: &'static str,
     upstream: UpstreamPage,
     records: RecordsPage,
+    /// With `--watch`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    watch: Option<WatchPage>,
     speculation: SpeculationPage,
-    builds: Vec<crate::speculation::engine::BuildStatus>,
+    totals: Totals,
+    builds: Vec<BuildStatus>,
 }
 
 #[derive(Debug, Serialize)]
 struct UpstreamPage {
     address: Address,
     state: UpstreamState,
+    /// What the embedded backend does, where it is the upstream.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    embedded: Option<Usage>,
 }
 
 #[derive(Debug, Serialize)]
@@ -89,49 +125,55 @@ struct RecordsPage {
 }
 
 #[derive(Debug, Serialize)]
+struct WatchPage {
+    /// In which files that are saved are seen.
+    directories: usize,
+}
+
+#[derive(Debug, Serialize)]
 struct SpeculationPage {
     queued: u64,
     running: u64,
     completed: u64,
     failed: u64,
     unadaptable: u64,
+    /// How many may run at once, at most.
+    slots: usize,
+    /// How many may run at once as the backend is now, while clients execute nothing.
+    width: u64,
+    /// Those that were cancelled as nobody wanted them any more.
+    cancelled: u64,
+    /// Those that were stopped for clients' own executions, and start again later.
+    gave_way: u64,
+    /// Those that were left out as predictions like them went unused.
+    retired: u64,
+    /// Those that were left out as there was too little to gain.
+    cheap: u64,
+    /// Those that were left out as a budget was spent.
+    over_budget: u64,
+    /// How many executions clients run themselves.
+    clients: u64,
+    /// Those that have run for longest.
+    flights: Vec<RunningFlight>,
 }
 
 /// Serves the admin pages until the task is dropped.
 pub async fn serve(listener: Listener, admin: Admin) {
-    loop {
-        match listener.accept().await {
-            Ok(accepted) => {
-                let admin = admin.clone();
-                let pages = service_fn(move |request| {
-                    let admin = admin.clone();
-                    async move { Ok::<_, Infallible>(admin.page(request).await) }
-                });
-                task::spawn("admin connection", async move {
-                    let stream = match accepted.into_stream().await {
-                        Ok(stream) => TokioIo::new(stream),
-                        Err(error) => {
-                            return tracing::debug!(%error, "an admin connection was lost");
-                        }
-                    };
-                    let mut http = http1::Builder::new();
-                    let connection = http.timer(TokioTimer::new());
-                    if let Err(error) = connection.serve_connection(stream, pages).await {
-                        tracing::debug!(%error, "an admin connection ended with an error");
-                    }
-                });
-            }
-            Err(error) => {
-                tracing::warn!(%error, "an admin connection was refused");
-                tokio::time::sleep(ACCEPT_PAUSE).await;
-            }
-        }
-    }
+    let answer = move |request, by| {
+        let admin = admin.clone();
+        async move { admin.page(request, by).await }
+    };
+    pages::serve(listener, Lifetime::Open, answer).await;
 }
 
 impl Admin {
-    async fn page(&self, request: Request<Body>) -> Response<Full<Bytes>> {
+    async fn page(&self, request: Request<Body>, by: PeerOrigin) -> Response<Full<Bytes>> {
         let path = request.uri().path();
+        if let Some(rest) = path.strip_prefix(RUNS_PATH) {
+            let id = rest.strip_prefix('/').map(str::to_owned);
+            let page = self.run(id, request, by).await;
+            return page.unwrap_or_else(|(status, reason)| text(status, &reason));
+        }
         if let Some(rest) = path.strip_prefix(RECORDS_PATH) {
             let key = match rest.strip_prefix('/').map(str::parse) {
                 None if rest.is_empty() => None,
@@ -141,16 +183,110 @@ impl Admin {
             let page = self.records(key, request).await;
             return page.unwrap_or_else(|(status, reason)| text(status, &reason));
         }
+        if let (&Method::GET, Some(rest)) = (request.method(), path.strip_prefix(BUILDS_PATH)) {
+            let page = self.builds(rest.trim_matches('/')).await;
+            return page.unwrap_or_else(|(status, reason)| text(status, &reason));
+        }
+        if (request.method(), path) == (&Method::POST, EXPLAIN_PATH) {
+            let page = self.explain(request).await;
+            return page.unwrap_or_else(|(status, reason)| text(status, &reason));
+        }
         match (request.method(), path) {
             (&Method::GET, STATUS_PATH) => json(&self.status().await),
+            (&Method::GET, METRICS_PATH) => metrics::read(self).await,
             (&Method::GET, WAIT_PATH) => {
                 self.wait().await;
                 text(StatusCode::OK, "quiet\n")
             }
             _ => text(
                 StatusCode::NOT_FOUND,
-                "there are /status, /wait and /records\n",
+                "there are /status, /metrics, /builds, /explain, /wait, /records and /runs\n",
             ),
+        }
+    }
+
+    /// The list of builds, or the journal of the one whose id begins with `id`.
+    async fn builds(&self, id: &str) -> Result<Response<Full<Bytes>>, Refusal> {
+        let Some(engine) = &self.engine else {
+            let none = BuildsList { builds: Vec::new() };
+            return Ok(json(&none));
+        };
+        if id.is_empty() {
+            let builds = ask(engine, EngineRequest::Builds).await?;
+            return Ok(json(&BuildsList { builds }));
+        }
+        let journal = |reply| EngineRequest::Journal(id.to_owned(), reply);
+        match ask(engine, journal).await? {
+            Ok(page) => Ok(json(&page)),
+            Err(error) => {
+                let status = journal_status(&error);
+                Err((status, format!("{error}\n")))
+            }
+        }
+    }
+
+    /// Answers why actions were answered as they were.
+    async fn explain(&self, request: Request<Body>) -> Result<Response<Full<Bytes>>, Refusal> {
+        let body = Limited::new(request.into_body(), MAX_QUESTION)
+            .collect()
+            .await;
+        let bad = |reason: String| (StatusCode::BAD_REQUEST, reason);
+        let body = body.map_err(|error| bad(format!("the question cannot be read: {error}\n")))?;
+        let question: Question = serde_json::from_slice(&body.to_bytes())
+            .map_err(|error| bad(format!("the question is malformed: {error}\n")))?;
+        let engine = self.engine.as_ref().ok_or_else(|| {
+            let reason = "this primed only forwards (--mode none): it knows of no builds\n";
+            (StatusCode::SERVICE_UNAVAILABLE, reason.to_owned())
+        })?;
+        let explain = |reply| EngineRequest::Explain(Box::new(question), reply);
+        match ask(engine, explain).await? {
+            Ok(explanations) => Ok(json(&explanations)),
+            Err(error) => {
+                let status = match &error {
+                    ExplainError::Journal(error) => journal_status(error),
+                    _ => StatusCode::NOT_FOUND,
+                };
+                Err((status, format!("{error}\n")))
+            }
+        }
+    }
+
+    async fn run(
+        &self,
+        id: Option<String>,
+        request: Request<Body>,
+        by: PeerOrigin,
+    ) -> Result<Response<Full<Bytes>>, Refusal> {
+        let unknown = || (StatusCode::NOT_FOUND, "there is no such run\n".to_owned());
+        match (request.method(), id) {
+            (&Method::POST, None) => {
+                let body = Limited::new(request.into_body(), MAX_OPEN_PAGE).collect();
+                let refuse = |error: String| (StatusCode::BAD_REQUEST, error);
+                let body = body.await.map_err(|error| refuse(error.to_string()))?;
+                let page: OpenPage = serde_json::from_slice(&body.to_bytes())
+                    .map_err(|error| refuse(error.to_string()))?;
+                let opened = self.runs.open(page, self.upstream.to_string(), by).await;
+                let opened = opened.ok_or_else(|| {
+                    let reason = "this primed is about to end\n".to_owned();
+                    (StatusCode::SERVICE_UNAVAILABLE, reason)
+                })?;
+                Ok(json(&opened))
+            }
+            (&Method::GET, Some(id)) => {
+                let mut page = self.runs.look(&id).await.ok_or_else(unknown)?;
+                let flights = self.flights.counts();
+                (page.queued, page.running) = (flights.queued, flights.running);
+                Ok(json(&page))
+            }
+            (&Method::DELETE, Some(id)) => {
+                let page = self.runs.close(&id).await.ok_or_else(unknown)?;
+                Ok(json(&page))
+            }
+            _ => {
+                let reason = "runs are opened by POST /runs, read by GET /runs/ID, and closed by \
+                              DELETE /runs/ID\n";
+                Err((StatusCode::METHOD_NOT_ALLOWED, reason.to_owned()))
+            }
         }
     }
 
@@ -212,30 +348,52 @@ impl Admin {
     }
 
     async fn status(&self) -> StatusPage {
-        let engine = match &self.engine {
-            Some(engine) => ask_status(engine).await.unwrap_or_default(),
-            None => Status::default(),
-        };
+        let engine = self.engine_status().await.unwrap_or_default();
         let flights = self.flights.counts();
         StatusPage {
             version: env!("CARGO_PKG_VERSION"),
             upstream: UpstreamPage {
                 address: self.upstream.clone(),
                 state: self.health.state(),
+                embedded: self.embedded.as_ref().map(|embedded| embedded.usage()),
             },
             records: RecordsPage {
                 actions: engine.records.actions,
                 parents: engine.records.parents,
             },
+            watch: engine
+                .watched_directories
+                .map(|directories| WatchPage { directories }),
             speculation: SpeculationPage {
                 queued: flights.queued,
                 running: flights.running,
                 completed: flights.completed,
                 failed: flights.failed,
                 unadaptable: engine.unadaptable,
+                slots: self.flights.cap(),
+                width: flights.width,
+                cancelled: flights.cancelled,
+                gave_way: flights.gave_way,
+                retired: flights.retired,
+                cheap: flights.cheap,
+                over_budget: flights.over_budget,
+                clients: flights.clients,
+                flights: self.flights.running(MOST_FLIGHTS),
             },
+            totals: engine.totals,
             builds: engine.builds,
         }
+    }
+
+    /// What the engine says of itself; `None` without one, and when it takes too long.
+    pub async fn engine_status(&self) -> Option<Status> {
+        ask_status(self.engine.as_ref()?).await
+    }
+
+    /// How large the records on disk are, if they are there.
+    pub fn store_bytes(&self) -> Option<u64> {
+        self.engine.as_ref()?;
+        store::size_on_disk(&self.state_dir)
     }
 
     /// Returns when recording, generation and priming are quiet; at once without an engine.
@@ -250,6 +408,22 @@ impl Admin {
     }
 }
 
+/// Asks the engine for something that it has.
+async fn ask<T>(
+    engine: &mpsc::Sender<EngineRequest>,
+    request: impl FnOnce(oneshot::Sender<T>) -> EngineRequest,
+) -> Result<T, Refusal> {
+    let (reply, answer) = oneshot::channel();
+    let asked = async {
+        engine.send(request(reply)).await.ok()?;
+        answer.await.ok()
+    };
+    asked.await.ok_or_else(|| {
+        let reason = "primed has too much to do, or is stopping\n";
+        (StatusCode::SERVICE_UNAVAILABLE, reason.to_owned())
+    })
+}
+
 async fn ask_status(engine: &mpsc::Sender<EngineRequest>) -> Option<Status> {
     let (reply, status) = oneshot::channel();
     let ask = async {
@@ -261,6 +435,13 @@ async fn ask_status(engine: &mpsc::Sender<EngineRequest>) -> Option<Status> {
 
 /// Why a page is not given.
 type Refusal = (StatusCode, String);
+
+fn journal_status(error: &JournalError) -> StatusCode {
+    match error {
+        JournalError::NotFound(_) => StatusCode::NOT_FOUND,
+        JournalError::Unreadable(..) => StatusCode::INTERNAL_SERVER_ERROR,
+    }
+}
 
 fn status_of(error: &ArchiveError) -> StatusCode {
     match error {
@@ -276,18 +457,7 @@ fn status_of(error: &ArchiveError) -> StatusCode {
 
 fn json(page: &impl Serialize) -> Response<Full<Bytes>> {
     match serde_json::to_vec(page) {
-        Ok(json) => {
-            let mut response = Response::new(Full::from(json));
-            let json = HeaderValue::from_static("application/json");
-            response.headers_mut().insert(CONTENT_TYPE, json);
-            response
-        }
+        Ok(json) => of_type("application/json", json),
         Err(error) => text(StatusCode::INTERNAL_SERVER_ERROR, &error.to_string()),
     }
-}
-
-fn text(status: StatusCode, text: &str) -> Response<Full<Bytes>> {
-    let mut response = Response::new(Full::from(text.to_owned()));
-    *response.status_mut() = status;
-    response
 }

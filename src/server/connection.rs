@@ -1,26 +1,21 @@
 //! One client's HTTP/2 connection: its calls are served as tasks of their own, and it ends with
 //! its last call, or when the client is gone.
 
+use std::future::poll_fn;
 use std::sync::Arc;
+use std::task::Poll;
 use std::time::Duration;
 
-use bytes::Bytes;
-use h2::server::Builder;
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::sync::watch;
 
-use super::authority::AuthorityRewrite;
 use super::shards::stopped;
-use crate::http2::gathered::Gathered;
-use crate::http2::{
-    CLIENT_HEADER_LIST, CLIENT_WINDOW, DATA_FRAME_BUDGET, HANDSHAKE_TIMEOUT, MAX_FRAME_SIZE,
-    SEND_BUFFER, STREAM_WINDOW,
-};
-use crate::proxy::{Client, Proxy, Reply};
+use crate::http2::HANDSHAKE_TIMEOUT;
+use crate::http2::connection::Connection;
+use crate::http2::stream::StreamError;
+use crate::proxy::{Client, Proxy};
 use crate::workspace::peer::Peer;
 
-/// A client that cancels a burst of calls is no attack: h2's own limit (20) closes the connection.
-const MAX_PENDING_RESETS: usize = 10_000;
 /// How long a connection without any call may last after a request to stop.
 const SILENT_GRACE: Duration = Duration::from_secs(1);
 
@@ -39,52 +34,41 @@ where
     S: AsyncRead + AsyncWrite + Unpin,
 {
     let client = Client::new(peer);
-    let stopping = stopped(&mut shutdown);
-    tokio::pin!(stopping);
-    let handshake = Builder::new()
-        .initial_window_size(STREAM_WINDOW)
-        .initial_connection_window_size(CLIENT_WINDOW)
-        .max_frame_size(MAX_FRAME_SIZE)
-        .max_header_list_size(CLIENT_HEADER_LIST)
-        .max_send_buffer_size(SEND_BUFFER)
-        .max_concurrent_streams(max_streams)
-        .max_pending_accept_reset_streams(MAX_PENDING_RESETS)
-        .max_local_error_reset_streams(Some(MAX_PENDING_RESETS))
-        .data_frame_budget(DATA_FRAME_BUDGET)
-        .handshake::<_, Bytes>(AuthorityRewrite::new(Gathered::new(stream)));
-    let mut connection = tokio::select! {
-        opened = tokio::time::timeout(HANDSHAKE_TIMEOUT, handshake) => match opened {
-            Ok(Ok(connection)) => connection,
-            Ok(Err(error)) => return Err(error.to_string()),
-            Err(_) => return Err("the client did not open HTTP/2 in time".to_owned()),
-        },
-        () = &mut stopping => return Ok(()),
+    let mut connection = Connection::server(stream, max_streams);
+    let late = tokio::time::sleep(HANDSHAKE_TIMEOUT);
+    tokio::pin!(late);
+    // No clock is set for what has arrived already.
+    let mut carried =
+        poll_fn(
+            |cx| match connection.poll(cx, |request| proxy.serve(&client, request)) {
+                Poll::Pending if !connection.is_greeted() && late.as_mut().poll(cx).is_ready() => {
+                    Poll::Ready(Err("the client did not open HTTP/2 in time".to_owned()))
+                }
+                Poll::Pending => Poll::Pending,
+                Poll::Ready(Ok(()) | Err(StreamError::Broken(_))) => Poll::Ready(Ok(())),
+                Poll::Ready(Err(error)) => Poll::Ready(Err(error.to_string())),
+            },
+        );
+    tokio::select! {
+        biased;
+        ended = &mut carried => return ended,
+        () = stopped(&mut shutdown) => {}
+    }
+    drop(carried);
+    if !connection.is_greeted() {
+        return Ok(());
+    }
+    connection.leave();
+    let mut carried = poll_fn(|cx| connection.poll(cx, |request| proxy.serve(&client, request)));
+    // A client that never had anything to say may never answer the GOAWAY either.
+    let soon = tokio::time::timeout(SILENT_GRACE, &mut carried).await;
+    let ended = match soon {
+        Ok(ended) => ended,
+        Err(_) if client.has_called() => carried.await,
+        Err(_) => return Ok(()),
     };
-    let mut stopped = false;
-    loop {
-        let accepted = tokio::select! {
-            biased;
-            accepted = connection.accept() => accepted,
-            () = &mut stopping, if !stopped => {
-                stopped = true;
-                connection.graceful_shutdown();
-                if client.has_called() {
-                    continue;
-                }
-                // A client that never had anything to say may never answer the GOAWAY either.
-                match tokio::time::timeout(SILENT_GRACE, connection.accept()).await {
-                    Ok(accepted) => accepted,
-                    Err(_) => return Ok(()),
-                }
-            }
-        };
-        match accepted {
-            Some(Ok((request, reply))) => {
-                proxy.serve(&client, request, Reply::Due(reply));
-            }
-            Some(Err(error)) if error.is_io() => return Ok(()),
-            Some(Err(error)) => return Err(error.to_string()),
-            None => return Ok(()),
-        }
+    match ended {
+        Ok(()) | Err(StreamError::Broken(_)) => Ok(()),
+        Err(error) => Err(error.to_string()),
     }
 }

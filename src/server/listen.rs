@@ -165,6 +165,8 @@ impl Listener {
             source,
         };
         let (socket, address) = match address {
+            // Refused where settings are read.
+            Address::Embedded => return Err(system(io::ErrorKind::Unsupported.into())),
             Address::Unix(path) => {
                 let shared = admission.includes_others();
                 create_directory(path, shared).map_err(system)?;

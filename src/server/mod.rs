@@ -3,12 +3,14 @@
 
 mod admin;
 pub mod admission;
-mod authority;
 mod connection;
-mod hpack;
 pub mod listen;
+mod metrics;
+mod pages;
 pub mod passed;
+pub mod runs;
 mod shards;
+mod watchdog;
 
 use std::future::Future;
 use std::io;
@@ -19,13 +21,16 @@ use tokio::sync::{mpsc, oneshot};
 use tokio_util::task::TaskTracker;
 
 use crate::address::ListenAddress;
+use crate::backend::embedded::{Embedded, EmbeddedError};
 use crate::backend::remote::Remote;
 use crate::backend::upstream::{RouteError, Routes, Upstream};
 use crate::config::{Config, ConfigError, Mode};
-use crate::proxy::{Capabilities, Proxy};
+use crate::proxy::{Capabilities, Joining, Proxy};
 use crate::speculation::Engine;
 use crate::speculation::engine::{EngineParts, Request, engine};
 use crate::speculation::flights::Flights;
+use crate::speculation::journal_store::JournalStore;
+use crate::speculation::lane_memory::{self, LaneMemory};
 use crate::speculation::store::Store;
 use crate::task;
 use crate::tls::TlsError;
@@ -34,9 +39,14 @@ use crate::tls::server::ServerTls;
 use admission::{Admission, make_room};
 use listen::{ListenError, Listener};
 use passed::PassedSockets;
+use runs::Runs;
 use shards::Shards;
+use watchdog::Watchdog;
 
-pub use admin::{RECORDS_PATH, RecordsList, STATUS_PATH, StatusPage, WAIT_PATH};
+pub use admin::{
+    BUILDS_PATH, BuildsList, EXPLAIN_PATH, RECORDS_PATH, RUNS_PATH, RecordsList, STATUS_PATH,
+    StatusPage, WAIT_PATH,
+};
 
 /// How long calls in progress may take to end after a request to stop.
 const DRAIN: Duration = Duration::from_secs(20);
@@ -52,6 +62,9 @@ const PLANNING_STACK: usize = 8 * 1024 * 1024;
 /// How many commands may ask the admin socket at once.
 const MAX_ADMIN_CONNECTIONS: usize = 256;
 
+/// How many scrapers may read metrics at once; further ones wait.
+const MAX_SCRAPERS: usize = 16;
+
 /// Why the daemon could not start.
 #[derive(Debug, thiserror::Error)]
 pub enum ServerError {
@@ -64,6 +77,9 @@ pub enum ServerError {
     /// The way upstream cannot be gone as it is set.
     #[error(transparent)]
     Route(#[from] RouteError),
+    /// There is no embedded backend.
+    #[error(transparent)]
+    Embedded(#[from] EmbeddedError),
     /// The settings and what the service manager passed do not go together.
     #[error(transparent)]
     Config(#[from] ConfigError),
@@ -91,27 +107,50 @@ impl ServerError {
 /// `ServerError`, when it could not start; nothing listens then.
 pub async fn run(config: Config, shutdown: impl Future<Output = ()>) -> Result<(), ServerError> {
     let tls = upstream_tls(&config)?;
-    let routes = Arc::new(Routes::new(&config, tls)?);
+    let embedded = config.embedded.as_ref().map(Embedded::start).transpose()?;
+    let (embedded, embedded_thread) = embedded.unzip();
+    let routes = Arc::new(Routes::new(&config, tls, embedded.clone())?);
     let listeners = bind(&config).await?;
     let for_owner = Arc::new(Admission::new(&[], MAX_ADMIN_CONNECTIONS));
     let admin_listener = Listener::bind(&config.admin, None, &for_owner).await?;
-    let flights = Flights::new(config.max_speculative.get());
+    let metrics_listener = match &config.metrics {
+        Some(address) => {
+            let scrapers = Arc::new(Admission::new(&[], MAX_SCRAPERS));
+            Some(Listener::bind(address, None, &scrapers).await?)
+        }
+        None => None,
+    };
+    let slots = config.embedded.as_ref().map(|own| own.jobs.get());
+    let flights = Flights::before(slots, config.max_speculative.get());
+    let memory = Arc::new(LaneMemory::of(&config.state_dir, &config.upstream));
+    if let Some(learned) = memory.recall() {
+        flights.recall(learned);
+    }
     let engine = match config.mode {
         Mode::None => None,
         _ => Some(EngineThread::start(&config, &routes, flights.clone()).await?),
     };
     let (state_dir, upstream) = (&config.state_dir, &config.upstream);
     let capabilities = Arc::new(Capabilities::load(state_dir, upstream, config.compat));
+    let joining = Joining::new(config.hedge_after);
     let proxy = || Proxy {
         upstream: Upstream::new(routes.clone()),
         capabilities: capabilities.clone(),
         engine: engine.as_ref().map(|engine| engine.handle.clone()),
+        joining: joining.clone(),
     };
-    let shards = Shards::start(proxy, config.max_streams.get(), DRAIN)?;
+    let mut watchdog = Watchdog::default();
+    let shards = Shards::start(proxy, config.max_streams.get(), DRAIN, &mut watchdog)?;
     let shards = Arc::new(shards);
 
     let tasks = TaskTracker::new();
     let mut accepting = Vec::new();
+    let learning = lane_memory::keep_up(memory.clone(), flights.clone());
+    accepting.push(task::spawn("lane memory", learning));
+    let listening = listeners
+        .iter()
+        .map(|listener| listener.address().clone())
+        .collect();
     for listener in listeners {
         tracing::info!(address = %listener.address(), upstream = %config.upstream, "listening");
         let shards = shards.clone();
@@ -120,18 +159,32 @@ pub async fn run(config: Config, shutdown: impl Future<Output = ()>) -> Result<(
             tasks.track_future(accept(listener, shards)),
         ));
     }
+    let requests = engine.as_ref().map(|engine| engine.requests.clone());
+    let runs = Runs::new(requests.clone(), listening, config.until_unused);
     let admin = admin::Admin {
         upstream: config.upstream.clone(),
         health: routes.health().clone(),
-        flights,
-        engine: engine.as_ref().map(|engine| engine.requests.clone()),
+        embedded,
+        flights: flights.clone(),
+        engine: requests,
         state_dir: config.state_dir.clone(),
+        runs: runs.clone(),
     };
+    if let Some(listener) = metrics_listener {
+        tracing::info!(metrics = %listener.address(), "metrics can be read");
+        let metrics = tasks.track_future(metrics::serve(listener, admin.clone()));
+        accepting.push(task::spawn("metrics listener", metrics));
+    }
     let admin_page = tasks.track_future(admin::serve(admin_listener, admin));
     accepting.push(task::spawn("admin listener", admin_page));
     notify_service_manager(sd_notify::NotifyState::Ready);
+    let alive = watchdog.run(|| notify_service_manager(sd_notify::NotifyState::Watchdog));
+    accepting.push(task::spawn("watchdog", tasks.track_future(alive)));
 
-    shutdown.await;
+    tokio::select! {
+        () = shutdown => {}
+        () = runs.over() => tracing::info!("the last run has ended"),
+    }
     tracing::info!("stopping: no new connections; calls in progress may end");
     notify_service_manager(sd_notify::NotifyState::Stopping);
     for task in &accepting {
@@ -145,12 +198,21 @@ pub async fn run(config: Config, shutdown: impl Future<Output = ()>) -> Result<(
     if let Some(engine) = engine {
         engine.finish().await;
     }
+    if let Some(learned) = flights.learned() {
+        task::blocking("lane memory", move || memory.keep(learned)).await;
+    }
+    if let Some(embedded) = embedded_thread {
+        embedded.stop().await;
+    }
     tracing::info!("stopped");
     Ok(())
 }
 
 /// What is needed to reach upstreams by TLS, if there are any.
-fn upstream_tls(config: &Config) -> Result<Option<Arc<ClientTls>>, TlsError> {
+///
+/// # Errors
+/// `TlsError`, when a file or name cannot be used.
+pub fn upstream_tls(config: &Config) -> Result<Option<Arc<ClientTls>>, TlsError> {
     match config.upstreams().any(|(_, address)| address.is_tls()) {
         true => Ok(Some(Arc::new(ClientTls::load(
             config.upstream_tls.clone(),
@@ -215,7 +277,7 @@ fn notify_service_manager(state: sd_notify::NotifyState<'_>) {
 
 /// The thread that the engine runs on, away from the forwarding path.
 struct EngineThread {
-    handle: Engine,
+    handle: Arc<Engine>,
     requests: mpsc::Sender<Request>,
     thread: std::thread::JoinHandle<()>,
     stop: oneshot::Sender<()>,
@@ -244,7 +306,10 @@ impl EngineThread {
                         backend: Arc::new(Remote::new(upstream)),
                         flights,
                         store: Arc::new(Store::open(&config.state_dir)),
+                        journals: Arc::new(JournalStore::open(&config.state_dir)),
                         share: config.share,
+                        budgets: config.budgets,
+                        watch: config.watch,
                     });
                     // Nobody waits for it only if the server is gone.
                     let _ = started.send((handle, requests));

@@ -13,6 +13,8 @@ use tokio_util::task::TaskTracker;
 
 use super::connection;
 use super::listen::Accepted;
+use super::watchdog::{Pulse, Watchdog};
+use crate::meters::METERS;
 use crate::proxy::Proxy;
 use crate::speculation::observation::Observation;
 use crate::task;
@@ -43,11 +45,16 @@ enum Runs {
 
 impl Shards {
     /// Starts one shard for each core, with a proxy each, the first of them on the current runtime.
-    /// After a shutdown they drain for at most `grace`.
+    /// After a shutdown they drain for at most `grace`. The watchdog hears of a shard that is stuck.
     ///
     /// # Errors
     /// When the system refuses a thread.
-    pub fn start(proxy: impl Fn() -> Proxy, max_streams: u32, grace: Duration) -> io::Result<Self> {
+    pub fn start(
+        proxy: impl Fn() -> Proxy,
+        max_streams: u32,
+        grace: Duration,
+        watchdog: &mut Watchdog,
+    ) -> io::Result<Self> {
         let (shutdown, _) = watch::channel(false);
         let cores = std::thread::available_parallelism().map_or(1, NonZero::get);
         let shards = (0..cores)
@@ -61,15 +68,16 @@ impl Shards {
                     shutdown: shutdown.subscribe(),
                     grace,
                 };
+                let pulse = watchdog.pulse(format!("proxy-{index}"));
                 let runs = match index {
-                    0 => Runs::Here(task::spawn("proxy-0", worker.run(accepted))),
+                    0 => Runs::Here(task::spawn("proxy-0", worker.run(accepted, pulse))),
                     _ => {
                         let runtime = tokio::runtime::Builder::new_current_thread()
                             .enable_all()
                             .build()?;
                         let thread = std::thread::Builder::new()
                             .name(format!("proxy-{index}"))
-                            .spawn(move || runtime.block_on(worker.run(accepted)))?;
+                            .spawn(move || runtime.block_on(worker.run(accepted, pulse)))?;
                         Runs::Thread(thread)
                     }
                 };
@@ -130,7 +138,8 @@ struct Worker {
 }
 
 impl Worker {
-    async fn run(self, mut accepted: mpsc::Receiver<Accepted>) {
+    async fn run(self, mut accepted: mpsc::Receiver<Accepted>, pulse: Pulse) {
+        task::spawn("pulse", pulse.beat());
         let serving = TaskTracker::new();
         let mut shutdown = self.shutdown.clone();
         loop {
@@ -162,6 +171,7 @@ impl Worker {
         let shutdown = self.shutdown.clone();
         let open = self.open.clone();
         async move {
+            let _present = METERS.clients.enter();
             let peer = Arc::new(Peer::new(accepted.origin()));
             let engine = proxy.engine.clone();
             let ended = match accepted.into_stream().await {

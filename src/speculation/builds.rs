@@ -1,16 +1,22 @@
 //! Builds as clients run them: which call belongs to which, and how each of its actions was
 //! answered. Counts only; what is recorded is `record`'s business.
 
-use std::collections::HashMap;
-use std::hash::{BuildHasher, RandomState};
+use std::borrow::Cow;
+use std::hash::BuildHasher;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
+use tracing::field::Empty;
 
-use super::callers::Caller;
+use super::accounting::{Accounting, Counts, Effort, Leads, Shortfall, millis};
+use super::callers::{BuildKey, Caller};
 use super::flights::FlightKey;
+use super::journal::{Journal, Line, Note, Room};
 use super::record::Subaction;
 use crate::cas::Digest;
+use crate::meters::METERS;
+use crate::quick_map::{QuickMap, RandomState};
 
 /// How the client's question for an action was answered. Section 11 of the design has the words.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -36,7 +42,7 @@ pub struct Build {
     /// Differs for each build, ever.
     pub id: String,
     /// Who runs it.
-    pub caller: Caller,
+    pub caller: Arc<Caller>,
     /// Milliseconds since 1970.
     pub started_unix_ms: i64,
     /// Milliseconds since 1970; `None` while it runs.
@@ -44,14 +50,26 @@ pub struct Build {
     /// When it was last heard of.
     pub last_call: Instant,
     /// What to record of it.
-    pub subactions: HashMap<FlightKey, Subaction>,
+    pub subactions: QuickMap<FlightKey, Subaction>,
     /// By a hash: there can be many, and nothing but their number counts.
-    asked: HashMap<u64, Asked>,
+    asked: QuickMap<u64, (Asked, Line)>,
     hasher: RandomState,
     tally: Tally,
     saved: Duration,
     /// Results that were primed for it.
     pub primed: u64,
+    /// How long those that it used had been there.
+    pub leads: Leads,
+    /// What it asked for, and what was primed for it; empty once it has ended.
+    pub journal: Journal,
+    /// What was wasted on it, once it has ended.
+    pub wasted: Duration,
+    /// What was done for it beside executing.
+    pub effort: Effort,
+    /// What was not to be had of the predictions for it, once it has ended.
+    pub shortfall: Shortfall,
+    /// From its first call to its end.
+    span: tracing::Span,
 }
 
 /// How many distinct actions were answered in which way.
@@ -80,20 +98,31 @@ impl Tally {
 
 impl Build {
     /// A build that begins now.
-    pub fn new(number: u64, caller: Caller, now_unix_ms: i64) -> Self {
+    pub fn new(number: u64, caller: Arc<Caller>, now_unix_ms: i64, room: &Room) -> Self {
+        let id = uuid::Uuid::now_v7().to_string();
         Build {
             number,
-            id: uuid::Uuid::now_v7().to_string(),
+            span: tracing::debug_span!(
+                parent: None, "build", id, number, label = caller.label(),
+                asked = Empty, cached = Empty, hit = Empty, joined = Empty, missed = Empty,
+                primed = Empty,
+            ),
+            id,
             caller,
             started_unix_ms: now_unix_ms,
             ended_unix_ms: None,
             last_call: Instant::now(),
-            subactions: HashMap::new(),
-            asked: HashMap::new(),
-            hasher: RandomState::new(),
+            subactions: QuickMap::default(),
+            asked: QuickMap::default(),
+            hasher: RandomState::default(),
             tally: Tally::default(),
             saved: Duration::ZERO,
             primed: 0,
+            leads: Leads::default(),
+            journal: Journal::within(room),
+            wasted: Duration::ZERO,
+            effort: Effort::default(),
+            shortfall: Shortfall::default(),
         }
     }
 
@@ -102,19 +131,45 @@ impl Build {
         self.tally.all() > 0
     }
 
+    /// Whether any action was answered by what primed had executed, or was executing.
+    pub fn has_used(&self) -> bool {
+        self.tally.hit + self.tally.joined > 0
+    }
+
     /// Counts an answer. `saved` is what primed spared the client. The first answer counts, but
-    /// an action that was missed may still be joined.
-    pub fn count(&mut self, key: &FlightKey, asked: Asked, saved: Duration) {
-        let key = self.hasher.hash_one(key);
-        match self.asked.get(&key) {
-            None if self.asked.len() >= MAX_ASKED => return,
-            None => {}
-            Some(Asked::Missed) if asked == Asked::Joined => self.tally.missed -= 1,
-            Some(_) => return,
-        }
+    /// an action that was missed may still be joined. Returns whether it did.
+    pub fn count(&mut self, key: &FlightKey, asked: Asked, saved: Duration, note: Note) -> bool {
+        let hash = self.hasher.hash_one(key);
+        let line = match self.asked.get(&hash) {
+            None if self.asked.len() >= MAX_ASKED => return false,
+            None => {
+                METERS.asked.add(1);
+                self.journal.ask(key, asked, note)
+            }
+            Some((Asked::Missed, line)) => {
+                let is_joined = asked == Asked::Joined;
+                let answer = if is_joined { asked } else { Asked::Missed };
+                self.journal.answer(*line, answer, note);
+                if !is_joined {
+                    return false;
+                }
+                self.tally.missed -= 1;
+                *line
+            }
+            Some(_) => return false,
+        };
         *self.tally.of(asked) += 1;
-        self.asked.insert(key, asked);
+        match asked {
+            Asked::Cached => METERS.cached.add(1),
+            Asked::Hit => METERS.hit.add(1),
+            Asked::Joined => METERS.joined.add(1),
+            // It may yet be joined.
+            Asked::Missed => {}
+        }
+        METERS.saved.add(saved);
+        self.asked.insert(hash, (asked, line));
         self.saved += saved;
+        true
     }
 
     /// Keeps an action for recording.
@@ -135,11 +190,32 @@ impl Build {
             .collect()
     }
 
-    /// Ends it, and gives away what is to be recorded. Only what `status` needs is kept.
-    pub fn end(&mut self, now_unix_ms: i64) -> HashMap<FlightKey, Subaction> {
+    /// Ends it, and gives away what is to be recorded, and its journal. Only what `status` needs is
+    /// kept.
+    pub fn end(&mut self, now_unix_ms: i64) -> (QuickMap<FlightKey, Subaction>, Journal) {
         self.ended_unix_ms = Some(now_unix_ms);
-        self.asked = HashMap::new();
-        std::mem::take(&mut self.subactions)
+        self.asked = QuickMap::default();
+        METERS.builds.add(u64::from(self.has_asked()));
+        METERS.missed.add(self.tally.missed);
+        if !self.effort.submission.is_zero() {
+            METERS.submission.add(self.effort.submission);
+        }
+        let journal = std::mem::take(&mut self.journal);
+        self.wasted = journal.wasted();
+        let Tally {
+            cached,
+            hit,
+            joined,
+            missed,
+        } = self.tally;
+        let span = std::mem::replace(&mut self.span, tracing::Span::none());
+        span.record("asked", self.tally.all())
+            .record("cached", cached)
+            .record("hit", hit)
+            .record("joined", joined)
+            .record("missed", missed)
+            .record("primed", self.primed);
+        (std::mem::take(&mut self.subactions), journal)
     }
 
     /// What `primed status` shows of it.
@@ -150,12 +226,30 @@ impl Build {
             joined,
             missed,
         } = self.tally;
+        let counts = Counts {
+            asked: self.tally.all(),
+            cached,
+            used: hit + joined,
+            primed: self.primed,
+        };
+        let wasted = match self.ended_unix_ms {
+            Some(_) => self.wasted,
+            None => self.journal.wasted(),
+        };
+        let mut accounting = Accounting::of(&counts, &self.leads, wasted);
+        accounting.spend(&self.effort);
+        accounting.fall_short(match self.ended_unix_ms {
+            Some(_) => self.shortfall.clone(),
+            None => self.journal.shortfall(),
+        });
         BuildStatus {
             id: self.id.clone(),
-            parent: match self.caller.action {
-                Some(_) => "action",
-                None => "invocation",
-            },
+            parent: match self.caller.key {
+                BuildKey::Action(_) => "action",
+                BuildKey::Run(_) => "run",
+                _ => "invocation",
+            }
+            .into(),
             label: self.caller.label(),
             started_unix_ms: self.started_unix_ms,
             ended_unix_ms: self.ended_unix_ms,
@@ -166,18 +260,19 @@ impl Build {
             missed,
             primed: self.primed,
             used: hit + joined,
-            saved_ms: u64::try_from(self.saved.as_millis()).unwrap_or(u64::MAX),
+            saved_ms: millis(self.saved),
+            accounting,
         }
     }
 }
 
 /// One build in `primed status`.
-#[derive(Clone, Debug, Serialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct BuildStatus {
     /// Differs for each build.
     pub id: String,
-    /// Kind of the parent: `invocation` or `action`.
-    pub parent: &'static str,
+    /// Kind of the parent: `invocation`, `action` or `run`.
+    pub parent: Cow<'static, str>,
     /// For people.
     pub label: String,
     /// Milliseconds since 1970.
@@ -200,6 +295,9 @@ pub struct BuildStatus {
     pub used: u64,
     /// Recorded execution time of hits, and the elapsed part of joins.
     pub saved_ms: u64,
+    /// What that makes of it.
+    #[serde(flatten)]
+    pub accounting: Accounting,
 }
 
 #[cfg(test)]
@@ -208,7 +306,6 @@ mod tests {
     use crate::speculation::callers::Callers;
     use crate::speculation::observation::CallOrigin;
     use crate::workspace::peer::{Peer, PeerOrigin};
-    use std::sync::Arc;
 
     fn key(name: &str) -> FlightKey {
         FlightKey {
@@ -224,15 +321,20 @@ mod tests {
             metadata: None,
         };
         let caller = Callers::new().of(&origin, |_| false);
-        let mut build = Build::new(1, caller, 0);
+        let mut build = Build::new(1, caller, 0, &Room::default());
         assert!(!build.has_asked());
+        let note = Note {
+            began_unix_ms: 0,
+            answered_unix_ms: 0,
+            executed: Duration::ZERO,
+        };
         let second = Duration::from_secs(1);
-        build.count(&key("a"), Asked::Missed, Duration::ZERO);
-        build.count(&key("a"), Asked::Joined, second);
-        build.count(&key("b"), Asked::Missed, Duration::ZERO);
-        build.count(&key("b"), Asked::Cached, Duration::ZERO);
-        build.count(&key("c"), Asked::Hit, second);
-        build.count(&key("c"), Asked::Hit, second);
+        build.count(&key("a"), Asked::Missed, Duration::ZERO, note);
+        build.count(&key("a"), Asked::Joined, second, note);
+        build.count(&key("b"), Asked::Missed, Duration::ZERO, note);
+        build.count(&key("b"), Asked::Cached, Duration::ZERO, note);
+        build.count(&key("c"), Asked::Hit, second, note);
+        build.count(&key("c"), Asked::Hit, second, note);
         for status in [build.status(), {
             build.end(1);
             build.status()

@@ -11,7 +11,9 @@ use http::HeaderValue;
 use super::flights::FlightKey;
 use super::observation::CallOrigin;
 use super::parent::{ActionParent, ParentIdentity, ParentKind};
+use super::runs::Runs;
 use crate::cas::DigestFunction;
+use crate::quick_map::QuickMap;
 use crate::reapi::RequestMetadata;
 use crate::workspace::peer::{Peer, PeerOrigin};
 use crate::workspace::process::{Lineage, Process, Seen};
@@ -32,6 +34,8 @@ pub enum BuildKey {
     Connection(u64),
     /// They are made on behalf of this action.
     Action(FlightKey),
+    /// They belong to the run with this id.
+    Run(Arc<str>),
 }
 
 /// What is known of a client.
@@ -129,11 +133,17 @@ impl Caller {
     }
 
     /// Whether what is recorded of `parent` is about the workspace that this client works on; or,
-    /// where that cannot be seen, about the work of the same tool.
+    /// where that cannot be seen, about the work of the same tool. A run works on all below its
+    /// directory.
     pub fn works_on(&self, parent: &ParentIdentity) -> bool {
         let ParentKind::Invocation { project_root, tool } = &parent.kind else {
             return false;
         };
+        if let (BuildKey::Run(_), Some(directory), Some(root)) =
+            (&self.key, &self.project_root, project_root)
+        {
+            return self.uid == parent.uid && root.starts_with(directory);
+        }
         self.uid == parent.uid
             && self.project_root == *project_root
             && (project_root.is_some() || self.tool == *tool)
@@ -186,11 +196,22 @@ pub struct Callers {
     host: String,
     /// Behind a proxy (buildbox-casd, say) one connection carries the clients of many builds, told
     /// apart by their invocation.
-    by_connection: HashMap<u64, HashMap<Option<String>, Caller>>,
+    by_connection: QuickMap<u64, OnConnection>,
     /// Clients of open builds on this machine. One that is gone by the time that its call is
     /// looked at belongs where others of its invocation did.
-    by_invocation: HashMap<String, Caller>,
+    by_invocation: HashMap<String, Arc<Caller>>,
     latest: Option<Latest>,
+    /// The runs that clients may belong to.
+    pub runs: Runs,
+}
+
+/// The clients that one connection carries.
+#[derive(Default)]
+struct OnConnection {
+    by_invocation: HashMap<Option<String>, Arc<Caller>>,
+    /// Who called last. What it says of itself with each call is most often the same, and need not be
+    /// read again.
+    latest: Option<(Option<HeaderValue>, Arc<Caller>)>,
 }
 
 /// Who was identified last: some clients open one connection after the other.
@@ -198,14 +219,14 @@ struct Latest {
     pid: i32,
     metadata: Option<HeaderValue>,
     identified: Instant,
-    caller: Caller,
+    caller: Arc<Caller>,
 }
 
 /// For how long a process id is surely the same process's.
 const SAME_PROCESS: Duration = Duration::from_millis(100);
 
 impl Latest {
-    fn new(origin: &CallOrigin, caller: &Caller) -> Option<Self> {
+    fn new(origin: &CallOrigin, caller: &Arc<Caller>) -> Option<Self> {
         let PeerOrigin::Local { pid: Some(pid), .. } = origin.peer.origin() else {
             return None;
         };
@@ -230,20 +251,40 @@ impl Callers {
         let host = rustix::system::uname();
         Callers {
             host: host.nodename().to_string_lossy().into_owned(),
-            by_connection: HashMap::new(),
+            by_connection: QuickMap::default(),
             by_invocation: HashMap::new(),
             latest: None,
+            runs: Runs::default(),
         }
     }
 
     /// Who makes a call. `is_open` tells whether a build is still running.
-    pub fn of(&mut self, origin: &CallOrigin, is_open: impl Fn(&BuildKey) -> bool) -> Caller {
+    pub fn of(&mut self, origin: &CallOrigin, is_open: impl Fn(&BuildKey) -> bool) -> Arc<Caller> {
+        let known = self.by_connection.get(&origin.peer.id());
+        if let Some((metadata, caller)) = known.and_then(|known| known.latest.as_ref())
+            && *metadata == origin.metadata
+            && is_open(&caller.key)
+        {
+            return caller.clone();
+        }
+        let caller = self.identified(origin, is_open);
+        let known = self.by_connection.entry(origin.peer.id()).or_default();
+        known.latest = Some((origin.metadata.clone(), caller.clone()));
+        caller
+    }
+
+    fn identified(
+        &mut self,
+        origin: &CallOrigin,
+        is_open: impl Fn(&BuildKey) -> bool,
+    ) -> Arc<Caller> {
         let metadata = origin.request_metadata();
         let invocation = invocation(&metadata);
         if self.by_connection.len() > MAX_CONNECTIONS {
             self.by_connection.clear();
         }
         let known = self.by_connection.entry(origin.peer.id()).or_default();
+        let known = &mut known.by_invocation;
         if known.len() > MAX_INVOCATIONS {
             known.clear();
         }
@@ -257,7 +298,11 @@ impl Callers {
             Some(latest) if latest.is_of(origin) && is_open(&latest.caller.key) => {
                 latest.caller.clone()
             }
-            _ => Caller::identify(&origin.peer, metadata, &self.host),
+            _ => {
+                let correlated = metadata.correlated_invocations_id.clone();
+                let caller = Caller::identify(&origin.peer, metadata, &self.host);
+                Arc::new(self.runs.adopt(caller, &correlated, &origin.peer))
+            }
         };
         self.latest = Latest::new(origin, &caller);
         if let Some(id) = &invocation
@@ -265,7 +310,9 @@ impl Callers {
         {
             if matches!(caller.key, BuildKey::Process(_)) {
                 self.by_invocation.insert(id.clone(), caller.clone());
-            } else if let Some(other) = self.by_invocation.get(id) {
+            } else if !matches!(caller.key, BuildKey::Run(_))
+                && let Some(other) = self.by_invocation.get(id)
+            {
                 caller = other.clone();
             }
         }

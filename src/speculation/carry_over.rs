@@ -13,7 +13,8 @@ use super::flights::FlightKey;
 use super::known::CurrentParent;
 use super::parent::{BaseAction, ExecutedParent, Parent};
 use super::record::{Subaction, output_files};
-use super::schedule::{Plan, PlannedParent, Ready, Results, Share, Subject};
+use super::schedule::{Plan, Ready, Results};
+use super::subject::{PlannedParent, Share, Subject};
 use super::workshop::Workshop;
 use crate::task;
 

@@ -7,7 +7,7 @@
 //! lookup: it is counted, attributed and recorded like one. Many are looked up at once, but observed
 //! in the order in which they came: what one action has written tells who asks for the next.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use parking_lot::Mutex;
@@ -85,6 +85,7 @@ impl Engine {
 
     /// Observes that a proxy has answered a lookup of `key`.
     pub async fn hidden_hit(&self, origin: CallOrigin, key: FlightKey) {
+        let began = Instant::now();
         let mut turn = self.hidden_hits.queue();
         if let Some(mut flight) = self.flights().watch(&key) {
             // If it is not over by then, the result is not primed.
@@ -97,12 +98,14 @@ impl Engine {
         let Ok(Ok(Some(result))) = found else { return };
         tracing::debug!(action = %key.action, "a proxy has answered a lookup");
         let answer = Answer::of_message(grpc::framed(&Bytes::from(result.encode_to_vec())));
-        self.observe(Observation::Lookup(Call {
+        self.observe(Observation::Lookup(Box::new(Call {
             origin,
             key,
             joined: None,
+            began,
+            ended: began,
             answer,
-        }));
+        })));
     }
 }
 

@@ -20,6 +20,7 @@ use super::edits::{Entry, Fate, Implied, stands_for_itself};
 use super::parent::{BaseAction, WeakKey};
 use super::resolve::{Current, Node, Resolver, TreeFile, TreeKind};
 use super::texts::{self, Replacements};
+use super::verdict::Change;
 use crate::cas::Digest;
 use crate::cas::directories::{Directory, Holders, Trees, child_path};
 use crate::reapi;
@@ -52,6 +53,8 @@ pub struct NewDirectory {
     pub encoded: Bytes,
     /// Source files that were replaced in it.
     files: Vec<(Digest, PathBuf)>,
+    /// Files that differ in it.
+    changes: Vec<Arc<Change>>,
     /// Directories in it that were rewritten.
     directories: Vec<Arc<NewDirectory>>,
 }
@@ -84,6 +87,23 @@ impl Adapted {
     }
 }
 
+impl Adapted {
+    /// The files that differ in its input tree and in those that its text names, at most `limit`,
+    /// and how many more there are.
+    pub fn changes(&self, limit: usize) -> (Vec<Arc<Change>>, usize) {
+        let (mut changes, mut left_out) = (Vec::new(), 0);
+        let mut open: Vec<&NewDirectory> = Vec::new();
+        open.extend(self.text_trees.iter().chain(&self.tree).map(Arc::as_ref));
+        while let Some(directory) = open.pop() {
+            let room = limit.saturating_sub(changes.len());
+            changes.extend(directory.changes.iter().take(room).cloned());
+            left_out += directory.changes.len().saturating_sub(room);
+            open.extend(directory.directories.iter().map(Arc::as_ref));
+        }
+        (changes, left_out)
+    }
+}
+
 impl NewDirectory {
     fn collect_blobs(&self, known: &mut HashSet<Digest>, needed: &mut HashMap<Digest, Blob>) {
         // What is known is known with all that is below it.
@@ -111,8 +131,9 @@ pub enum Instantiation {
     Adapted(Box<Adapted>),
     /// Some of its inputs come from actions that are not done: these.
     Waits(Arc<[Node]>),
-    /// What it is to be will be known when a parent has been asked for, or has ended.
-    Awaits,
+    /// What it is to be will be known when a parent has been asked for, or has ended: that one makes
+    /// this file, if it is a file.
+    Awaits(Option<Arc<str>>),
 }
 
 /// Why a base action cannot be adapted.
@@ -130,6 +151,18 @@ pub enum Unadaptable {
     /// Its tree has more paths than any real one.
     #[error("its input tree has too many paths")]
     TooLarge,
+}
+
+impl Unadaptable {
+    /// The kind of reason, in a word.
+    pub fn word(&self) -> &'static str {
+        match self {
+            Unadaptable::Vanished(_) => "input_vanished",
+            Unadaptable::Directory(_) => "directory_unreadable",
+            Unadaptable::NotCanonical(_) => "unknown_fields",
+            Unadaptable::TooLarge => "tree_too_large",
+        }
+    }
 }
 
 /// One base action to instantiate, and what that needs to know.
@@ -207,7 +240,8 @@ enum Rewritten {
     /// Nothing is left of it.
     Gone,
     Waits(Arc<[Node]>),
-    Awaits,
+    /// For this file.
+    Awaits(Arc<str>),
 }
 
 /// A directory of the tree that is being rewritten.
@@ -278,17 +312,17 @@ impl Instantiator {
                 texts.waits.extend_from_slice(&nodes);
                 None
             }
-            Rewritten::Awaits => return Ok(Instantiation::Awaits),
+            Rewritten::Awaits(path) => return Ok(Instantiation::Awaits(Some(path))),
         };
         let is_same = tree.is_none() && texts.replacements.is_empty();
         if texts.awaits {
-            Ok(Instantiation::Awaits)
+            Ok(Instantiation::Awaits(None))
         } else if !texts.waits.is_empty() {
             Ok(Instantiation::Waits(distinct(texts.waits)))
         } else if is_same {
             Ok(Instantiation::Unchanged)
         } else if texts.unforeseen {
-            Ok(Instantiation::Awaits)
+            Ok(Instantiation::Awaits(None))
         } else {
             let adapted = adapted(task, tree, texts)?;
             Ok(Instantiation::Adapted(Box::new(adapted)))
@@ -334,7 +368,7 @@ impl Instantiator {
                 }
                 Ok(Rewritten::Waits(nodes)) => texts.waits.extend_from_slice(&nodes),
                 // What is there no more may be there under another name.
-                Ok(Rewritten::Awaits) | Err(Unadaptable::Vanished(_)) => texts.awaits = true,
+                Ok(Rewritten::Awaits(_)) | Err(Unadaptable::Vanished(_)) => texts.awaits = true,
                 Err(_) => texts.unforeseen = true,
             }
         }
@@ -431,7 +465,8 @@ impl Instantiator {
     {
         let not_canonical = || Unadaptable::NotCanonical(digest.unwrap_or(task.base.digest));
         let mut waits: Vec<Node> = Vec::new();
-        let mut awaits = false;
+        let mut awaits: Option<Arc<str>> = None;
+        let mut changes = Vec::new();
         let mut sources = Vec::new();
         let mut revision = match spot.implied {
             [] => Revision::default(),
@@ -456,12 +491,14 @@ impl Instantiator {
                 Current::Source(source, now) => {
                     sources.push((now, source.to_owned()));
                     revision.files.insert(index, Some(now));
+                    changes.push(change(task, file, now));
                 }
                 Current::Stored(now) => {
                     revision.files.insert(index, Some(now));
+                    changes.push(change(task, file, now));
                 }
                 Current::Pending(node) => waits.push(node),
-                Current::Awaited => awaits = true,
+                Current::Awaited => awaits = Some(path.into()),
                 Current::Vanished(path) => return Err(Unadaptable::Vanished(path)),
             }
         }
@@ -483,7 +520,7 @@ impl Instantiator {
                     revision.directories.insert(index, None);
                 }
                 Rewritten::Waits(nodes) => waits.extend_from_slice(&nodes),
-                Rewritten::Awaits => awaits = true,
+                Rewritten::Awaits(path) => awaits = Some(path),
             }
         }
         for (name, implied) in std::mem::take(&mut revision.below) {
@@ -497,8 +534,8 @@ impl Instantiator {
                 below.push(new);
             }
         }
-        if awaits {
-            return Ok(Rewritten::Awaits);
+        if let Some(path) = awaits {
+            return Ok(Rewritten::Awaits(path));
         }
         if !waits.is_empty() {
             return Ok(Rewritten::Waits(distinct(waits)));
@@ -507,6 +544,7 @@ impl Instantiator {
             return Ok(Rewritten::Same);
         }
         let message = revision.apply(directory).ok_or_else(not_canonical)?;
+        changes.extend(revision.entries_that_differ(directory, spot.path, task.base));
         let is_empty = message.encoded_len() == 0;
         if is_empty && !revision.stands && !spot.path.is_empty() {
             return Ok(Rewritten::Gone);
@@ -519,9 +557,20 @@ impl Instantiator {
             digest: new,
             encoded,
             files: sources,
+            changes,
             directories: below,
         })))
     }
+}
+
+/// What is said of a file that was replaced by `now`.
+fn change<O>(task: &Task<'_, O>, file: TreeFile<'_>, now: Digest) -> Arc<Change>
+where
+    O: Fn(Node, &str) -> Option<Option<Digest>>,
+{
+    let origin = task.resolver.telling(file, &task.output);
+    let path = file.path.to_owned();
+    Arc::new(Change::new(path, Some(file.digest), Some(now), origin))
 }
 
 fn distinct(mut nodes: Vec<Node>) -> Arc<[Node]> {
@@ -644,6 +693,31 @@ impl<'a> Revision<'a> {
             && self.grown.is_empty()
             && self.properties.is_none()
             && !self.begins_to_stand
+    }
+
+    /// The files of the directory at `path` that appear and vanish.
+    fn entries_that_differ(
+        &self,
+        directory: &Directory,
+        path: &str,
+        base: &BaseAction,
+    ) -> Vec<Arc<Change>> {
+        let vanished = self.files.iter().filter(|(_, now)| now.is_none());
+        let vanished = vanished.filter_map(|(index, _)| directory.files.get(*index));
+        let vanished = vanished.map(|(name, was)| {
+            let path = child_path(path, name);
+            Change::new(path, Some(*was), None, None)
+        });
+        let function = base.digest.function();
+        let appeared = self.appeared.iter().filter_map(|entry| match entry {
+            Entry::File(file) => {
+                let path = child_path(path, &file.name);
+                let now = function.read(file.digest.as_ref()).ok()?;
+                Some(Change::new(path, None, Some(now), None))
+            }
+            Entry::Symlink(_) | Entry::Directory(_) => None,
+        });
+        vanished.chain(appeared).map(Arc::new).collect()
     }
 
     /// The directory after it; `None` if it must not be rewritten.

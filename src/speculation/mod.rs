@@ -3,24 +3,39 @@
 //!
 //! `engine` receives what the proxy's taps saw and asks the others to act: `record` → `store` →
 //! `generate` after a build; `schedule` → `resolve` → `instantiate` when the next one begins, and
-//! again when `edits` has learned from what clients execute themselves.
+//! again when `edits` has learned from what clients execute themselves. With `watching` it does so as
+//! soon as a source file is saved.
 //! The proxy holds an [`Engine`] and asks it one question: is this digest in flight?
 
+pub mod accounting;
 mod activity;
+mod advice;
 pub mod archive;
 mod attribution;
-mod builds;
+mod budgets;
+pub mod builds;
 mod callers;
 mod carry_over;
+pub mod difference;
 mod edits;
 pub mod engine;
+pub mod explain;
+mod flight_record;
 pub mod flights;
 mod generate;
 pub mod hidden_hits;
 mod instantiate;
 pub mod interchange;
+mod journal;
+pub mod journal_page;
+pub mod journal_store;
 mod known;
+mod labels;
 mod lane;
+pub mod lane_memory;
+mod lane_width;
+mod leftovers;
+pub mod library;
 mod mounts;
 mod nested;
 pub mod observation;
@@ -32,13 +47,21 @@ mod record;
 mod recorder;
 mod relatives;
 mod resolve;
+pub mod runs;
 mod schedule;
 mod share;
 mod shelf;
+pub mod stages;
 pub mod store;
 pub mod subactions;
+mod subject;
 mod texts;
+mod trust;
+mod uses;
+pub mod verdict;
+mod watching;
 mod workshop;
+mod worth;
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicI32, AtomicU64, Ordering};
@@ -53,11 +76,11 @@ use operations::Operations;
 use subactions::Subactions;
 
 use crate::backend::Backend;
+use crate::meters::METERS;
 use crate::workspace::peer::PeerOrigin;
 
 /// The proxy's handle on the engine. All its methods return at once or wait for a bounded time,
 /// whatever state the engine is in.
-#[derive(Clone)]
 pub struct Engine {
     observations: mpsc::Sender<Observation>,
     flights: Arc<Flights>,
@@ -72,7 +95,7 @@ pub struct Engine {
     /// Ends the engine's rest.
     urgent: Arc<Notify>,
     /// The local process whose first call on a connection was the last to be seen; 0 before that.
-    latest_process: Arc<AtomicI32>,
+    latest_process: AtomicI32,
 }
 
 /// How much of clients' answers taps and the engine's queue hold in all, in KiB.
@@ -117,6 +140,7 @@ impl Engine {
     /// Counts an observation that could not be kept.
     pub fn count_dropped(&self) {
         self.dropped.fetch_add(1, Ordering::Relaxed);
+        METERS.dropped.add(1);
     }
 
     /// Waits until the engine has worked out whether `key` is about to be executed, but not past
@@ -161,9 +185,9 @@ mod tests {
     use std::time::Duration;
 
     /// A handle on an engine that takes nothing in, with room for one observation.
-    pub(super) fn stuck() -> (Engine, mpsc::Receiver<Observation>) {
+    pub(super) fn stuck() -> (Arc<Engine>, mpsc::Receiver<Observation>) {
         let (observations, unread) = mpsc::channel(1);
-        let engine = Engine {
+        let engine = Arc::new(Engine {
             observations,
             flights: Flights::new(1),
             subactions: Arc::default(),
@@ -173,8 +197,8 @@ mod tests {
             dropped: Arc::default(),
             memory: Arc::new(Semaphore::new(2)),
             urgent: Arc::default(),
-            latest_process: Arc::default(),
-        };
+            latest_process: AtomicI32::new(0),
+        });
         (engine, unread)
     }
 

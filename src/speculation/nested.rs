@@ -34,9 +34,9 @@ pub struct OpenParent {
 /// A call that was answered.
 pub enum Answered {
     /// A lookup.
-    Lookup(Call),
+    Lookup(Box<Call>),
     /// An execution.
-    Execution(Call),
+    Execution(Box<Call>),
 }
 
 impl Answered {
@@ -53,7 +53,7 @@ impl Answered {
                 let found = call.answer.status == Some(tonic::Code::Ok as u32);
                 found.then(|| call.answer.last_message()).flatten()
             }
-            Answered::Execution(call) => call.executed().ok(),
+            Answered::Execution(call) => call.answer.executed().ok(),
         }
     }
 }

@@ -1,7 +1,7 @@
 //! What the proxy's taps tell the engine: raw bytes, decoded here and off the path.
 
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use http::HeaderValue;
@@ -47,9 +47,9 @@ pub enum Observation {
         key: FlightKey,
     },
     /// A `GetActionResult` was answered.
-    Lookup(Call),
+    Lookup(Box<Call>),
     /// An `Execute` was answered to its end.
-    Execution(Call),
+    Execution(Box<Call>),
     /// A lookup found nothing, and the client would now be told so. The engine drops `reply`
     /// once it has worked out whether the action is about to be executed.
     Question {
@@ -81,37 +81,22 @@ pub struct Call {
     pub key: FlightKey,
     /// How long the client waited for a flight that it joined; `None` if it joined none.
     pub joined: Option<Duration>,
+    /// When it began.
+    pub began: Instant,
+    /// When its answer was complete.
+    pub ended: Instant,
     /// What the client was told.
     pub answer: Answer,
 }
 
-impl Call {
-    /// The result at the end of an `Execute`.
-    ///
-    /// # Errors
+/// Why an `Execute` has no result.
+#[derive(Debug)]
+pub struct NotExecuted {
     /// What was said in its place.
-    pub fn executed(&self) -> Result<ActionResult, String> {
-        if self.answer.status != Some(tonic::Code::Ok as u32) {
-            let status = self.answer.status.map_or(tonic::Code::Unknown, |status| {
-                tonic::Code::from_i32(i32::try_from(status).unwrap_or(i32::MAX))
-            });
-            return Err(format!("{status:?}"));
-        }
-        let operation: Operation = self.answer.last_message().ok_or("no operation was sent")?;
-        let response = match operation.result {
-            Some(operation::Result::Response(any)) => any,
-            Some(operation::Result::Error(status)) => return Err(status.message),
-            None => return Err("the operation was not done".to_owned()),
-        };
-        let response: ExecuteResponse =
-            prost::Message::decode(response.value.as_ref()).map_err(|error| error.to_string())?;
-        let status = response.status.unwrap_or_default();
-        let code = tonic::Code::from_i32(status.code);
-        response
-            .result
-            .filter(|_| code == tonic::Code::Ok)
-            .ok_or_else(|| format!("{code:?}: {}", status.message))
-    }
+    pub reason: String,
+    /// Whether only the call has ended, and what it was about may still be under way: whoever loses
+    /// the stream may go on waiting for the operation.
+    pub may_go_on: bool,
 }
 
 /// The answer to a call: its gRPC status and its body as it was sent.
@@ -123,6 +108,15 @@ pub struct Answer {
     body: Vec<Bytes>,
     /// The share of the taps' memory that the body takes.
     room: Option<OwnedSemaphorePermit>,
+}
+
+/// Whether a call of `Execute` that ended with `status`, and no operation that is done, may have left
+/// an execution that goes on.
+pub fn may_go_on(status: Option<u32>) -> bool {
+    use tonic::Code::{Cancelled, DeadlineExceeded, Unavailable};
+    status.is_none_or(|status| {
+        [Cancelled, DeadlineExceeded, Unavailable].contains(&tonic::Code::from_i32(status as i32))
+    })
 }
 
 impl Answer {
@@ -144,12 +138,58 @@ impl Answer {
         }
     }
 
-    /// Whether the call broke off, and what it was about may still be under way.
-    pub fn is_cut_off(&self) -> bool {
-        use tonic::Code::{Cancelled, DeadlineExceeded, Unavailable};
-        let codes = [Cancelled, DeadlineExceeded, Unavailable];
-        let cut_off = |status| codes.iter().any(|code| *code as u32 == status);
-        self.status.is_none_or(cut_off)
+    /// The result at the end of an `Execute`. A client that has it need not wait for the status of
+    /// the call, so a call without one has ended too if its operation is done.
+    ///
+    /// # Errors
+    /// What was said in its place.
+    pub fn executed(&self) -> Result<ActionResult, NotExecuted> {
+        let operation: Operation = self.last_message().unwrap_or_default();
+        let Some(done) = operation.result else {
+            return Err(self.without_operation());
+        };
+        let ended = |reason| NotExecuted {
+            reason,
+            may_go_on: false,
+        };
+        let response = match done {
+            operation::Result::Response(any) => any,
+            operation::Result::Error(status) => return Err(ended(status.message)),
+        };
+        let response: ExecuteResponse = prost::Message::decode(response.value.as_ref())
+            .map_err(|error| ended(error.to_string()))?;
+        let status = response.status.unwrap_or_default();
+        let code = tonic::Code::from_i32(status.code);
+        response
+            .result
+            .filter(|_| code == tonic::Code::Ok)
+            .ok_or_else(|| ended(format!("{code:?}: {}", status.message)))
+    }
+
+    /// Whether the result at the end of an `Execute` was in the action cache: nothing was executed.
+    pub fn is_cached(&self) -> bool {
+        let operation: Option<Operation> = self.last_message();
+        let Some(operation::Result::Response(any)) = operation.and_then(|it| it.result) else {
+            return false;
+        };
+        ExecuteResponse::decode(any.value.as_ref()).is_ok_and(|response| response.cached_result)
+    }
+
+    /// What became of an `Execute` whose last operation is not done.
+    fn without_operation(&self) -> NotExecuted {
+        use tonic::Code::{Ok, Unknown};
+        let code = self
+            .status
+            .map(|status| i32::try_from(status).map_or(Unknown, tonic::Code::from_i32));
+        let reason = match code {
+            None => "the call was cut off".to_owned(),
+            Some(Ok) => "the operation was not done".to_owned(),
+            Some(code) => format!("{code:?}"),
+        };
+        NotExecuted {
+            reason,
+            may_go_on: may_go_on(self.status),
+        }
     }
 
     /// The first message, if it is there, decoded if it can be.
@@ -178,18 +218,19 @@ impl Answer {
 mod tests {
     use super::*;
 
+    fn frame(message: &impl Message) -> Bytes {
+        let message = message.encode_to_vec();
+        let length = (message.len() as u32).to_be_bytes();
+        Bytes::from([&[0][..], &length, &message].concat())
+    }
+
     #[test]
     fn the_last_message_is_decoded_however_the_body_was_split() {
         let frame = |exit_code| {
-            let message = ActionResult {
+            frame(&ActionResult {
                 exit_code,
                 ..ActionResult::default()
-            }
-            .encode_to_vec();
-            let mut framed = vec![0];
-            framed.extend_from_slice(&(message.len() as u32).to_be_bytes());
-            framed.extend_from_slice(&message);
-            framed
+            })
         };
         let whole = Bytes::from([frame(1), frame(2)].concat());
         for split in 0..whole.len() {
@@ -203,5 +244,52 @@ mod tests {
         }
         let truncated = Answer::of_message(whole.slice(..whole.len() - 1));
         assert_eq!(truncated.last_message::<ActionResult>(), None);
+    }
+
+    /// The answer to an `Execute` of which `operation` was the last that arrived.
+    fn of_execute(operation: &Operation, status: Option<u32>) -> Answer {
+        Answer {
+            status,
+            ..Answer::of_message(frame(operation))
+        }
+    }
+
+    #[test]
+    fn an_execute_has_ended_once_its_operation_is_done_whatever_became_of_the_call() {
+        let done = Operation {
+            done: true,
+            result: Some(operation::Result::Response(prost_types::Any {
+                type_url: String::new(),
+                value: ExecuteResponse {
+                    result: Some(ActionResult::default()),
+                    ..ExecuteResponse::default()
+                }
+                .encode_to_vec(),
+            })),
+            ..Operation::default()
+        };
+        for status in [None, Some(0), Some(tonic::Code::Unavailable as u32)] {
+            assert!(of_execute(&done, status).executed().is_ok(), "{status:?}");
+        }
+        let failed = Operation {
+            result: Some(operation::Result::Error(Default::default())),
+            ..done
+        };
+        assert!(!of_execute(&failed, None).executed().unwrap_err().may_go_on);
+    }
+
+    #[test]
+    fn an_execute_that_is_cut_off_before_its_operation_is_done_may_go_on() {
+        let running = Operation::default();
+        let may_go_on = |status| {
+            of_execute(&running, status)
+                .executed()
+                .unwrap_err()
+                .may_go_on
+        };
+        assert!(may_go_on(None));
+        assert!(may_go_on(Some(tonic::Code::Unavailable as u32)));
+        assert!(!may_go_on(Some(0)));
+        assert!(!may_go_on(Some(tonic::Code::FailedPrecondition as u32)));
     }
 }

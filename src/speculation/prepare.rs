@@ -4,6 +4,7 @@
 
 use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
+use std::time::Instant;
 
 use bytes::Bytes;
 use parking_lot::Mutex;
@@ -11,13 +12,15 @@ use tokio::sync::Notify;
 use tokio::task::JoinSet;
 use tonic::Status;
 
+use super::accounting::Effort;
 use super::activity::Activity;
 use super::flights::Announcement;
 use super::instantiate::Blob;
 use super::schedule::Ready;
-use super::workshop::Workshop;
+use super::workshop::{Beneficiary, News, Workshop};
 use crate::cas::Digest;
 use crate::cas::directories::{Directory, DirectoryCache};
+use crate::meters::METERS;
 use crate::task;
 use crate::workspace::index;
 
@@ -34,6 +37,11 @@ pub struct Job {
     pub announcement: Announcement,
     /// What is to be executed.
     pub ready: Ready,
+    /// For whom it is done.
+    pub whom: Beneficiary,
+    /// When what made it ready happened; `None` where that was the end of another action, whose
+    /// time would count.
+    pub triggered: Option<Instant>,
     /// Counts as activity until the job is done.
     pub activity: Activity,
 }
@@ -87,6 +95,7 @@ pub async fn run(workshop: Workshop, instance: Arc<str>, queue: Arc<Queue>) {
 
 /// Settles the jobs whose results are in the action cache: after an edit was taken back, for
 /// example, they are. Returns the others.
+#[tracing::instrument(level = "debug", skip_all, fields(actions = batch.len()))]
 async fn look_up(workshop: &Workshop, instance: &Arc<str>, batch: Vec<Job>) -> Vec<Job> {
     let mut missing = Vec::with_capacity(batch.len());
     let mut lookups = JoinSet::new();
@@ -115,7 +124,11 @@ async fn look_up(workshop: &Workshop, instance: &Arc<str>, batch: Vec<Job>) -> V
                     .await;
             }
             // A failure that is cached is the client's to see: the job is dropped.
-            Some(Ok((_, Ok(Some(_))))) => {}
+            Some(Ok((job, Ok(Some(result))))) => {
+                let code = result.exit_code;
+                let reason = format!("the backend holds a result with exit code {code}");
+                job.announcement.because(reason);
+            }
             Some(Ok((job, Ok(None) | Err(_)))) => missing.push(job),
             Some(Err(error)) => tracing::error!(%error, "a lookup ended unexpectedly"),
         }
@@ -123,6 +136,7 @@ async fn look_up(workshop: &Workshop, instance: &Arc<str>, batch: Vec<Job>) -> V
 }
 
 /// Uploads what the jobs need and submits them.
+#[tracing::instrument(level = "debug", skip_all, fields(actions = jobs.len()))]
 async fn upload(
     workshop: &Workshop,
     instance: &str,
@@ -132,8 +146,13 @@ async fn upload(
     jobs.sort_by_key(|job| job.ready.urgency);
     let mut known = uploaded.clone();
     let mut needed = HashMap::new();
+    // What several need, the first of them pays for.
+    let mut payers: HashMap<Digest, Beneficiary> = HashMap::new();
     for job in &jobs {
-        job.ready.adapted.collect_blobs(&mut known, &mut needed);
+        let mut own = HashMap::new();
+        job.ready.adapted.collect_blobs(&mut known, &mut own);
+        payers.extend(own.keys().map(|digest| (*digest, job.whom)));
+        needed.extend(own);
     }
     let directories = workshop.directories.clone();
     let blobs = task::blocking("reading sources", move || read_blobs(needed, &directories)).await;
@@ -142,16 +161,39 @@ async fn upload(
         None => Err(Status::internal("the sources could not be read")),
     };
     match sent {
-        Ok(()) => {
+        Ok(sent) => {
             *uploaded = known;
+            let mut efforts: HashMap<Beneficiary, Effort> = HashMap::new();
+            for digest in sent {
+                if let Some(whom) = payers.get(&digest) {
+                    efforts.entry(*whom).or_default().added_bytes += digest.size();
+                }
+            }
+            let mut activities = Vec::with_capacity(jobs.len());
             for job in jobs {
                 job.announcement.submit(job.ready.urgency);
+                let effort = efforts.entry(job.whom).or_default();
+                let submission = job.triggered.map(|triggered| triggered.elapsed());
+                effort.submission = effort.submission.max(submission.unwrap_or_default());
+                activities.push(job.activity);
+            }
+            for (whom, effort) in efforts {
+                METERS.added_bytes.add(effort.added_bytes);
+                // The engine drains this promptly.
+                let _ = workshop.news.send(News::Spent(whom, effort)).await;
+            }
+            drop(activities);
+        }
+        Err(status) => {
+            tracing::warn!(
+                %status, actions = jobs.len(),
+                "the inputs of adapted actions cannot be uploaded; they are left to the client"
+            );
+            for job in &jobs {
+                let reason = format!("its inputs could not be uploaded: {}", status.message());
+                job.announcement.because(reason);
             }
         }
-        Err(status) => tracing::warn!(
-            %status, actions = jobs.len(),
-            "the inputs of adapted actions cannot be uploaded; they are left to the client"
-        ),
     }
 }
 

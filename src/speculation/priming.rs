@@ -18,18 +18,27 @@ use tokio::sync::{mpsc, oneshot};
 use tokio_util::task::AbortOnDropHandle;
 
 use super::activity::{Activities, Activity};
+use super::budgets::{Reservation, Spender};
 use super::flights::{FlightKey, Landing, Outcome, ending};
+use super::journal::Planned;
+use super::journal_page::Trigger;
 use super::known::{CurrentParent, Known};
 use super::parent::{ActionParent, Parent, ParentIdentity, ParentKind, WeakKey, action_parts};
 use super::prepare::{self, Job, Queue};
-use super::record::output_files;
+use super::record::{execution_time, output_files};
 use super::relatives::{self, Dependents, SharedFamily};
-use super::schedule::{Outputs, Plan, PlannedParent, Ready, Results, Share, Subject};
+use super::schedule::{Outputs, Plan, Ready, Results};
 use super::share::{self, Obtained};
 use super::shelf::MAX_SHARED;
 use super::store::KnownParent;
-use super::workshop::{Primed, Workshop};
+use super::subject::{PlannedParent, Share, Subject};
+use super::trust::Trust;
+use super::verdict::{LeftOut, Outlook, Verdict};
+use super::workshop::{Beneficiary, News, Workshop};
+use super::worth::Worth;
 use crate::cas::{Digest, DigestFunction};
+use crate::clock;
+use crate::meters::METERS;
 use crate::reapi::ActionResult;
 use crate::task;
 
@@ -73,6 +82,8 @@ pub enum Message {
     /// A build of an invocation has begun, or an earlier one found something else than expected:
     /// look at the workspace. The number names the build that speculative work is done for.
     Begin(u64),
+    /// A source file was saved, and no build has begun: look at the workspace.
+    Saved,
     /// An invocation of which nothing is recorded here asks: others may have shared it. Comes
     /// before whatever begins its priming.
     Unrecorded(Box<ParentIdentity>),
@@ -99,6 +110,11 @@ pub enum Message {
         /// Closed for an answer.
         reply: Arc<oneshot::Sender<()>>,
     },
+    /// Dropped when all that came before it is settled.
+    Settled {
+        /// Shared by all who are told.
+        _reply: Arc<oneshot::Sender<()>>,
+    },
     /// A client executes this action itself; what that needs is in the CAS.
     Executing {
         /// The action.
@@ -106,6 +122,8 @@ pub enum Message {
     },
     /// The records of an invocation were replaced.
     Records(Arc<Parent>),
+    /// The build has used something of what was primed, for the first time.
+    Used,
     /// A client has a result that primed did not bring it.
     Observed {
         /// Of this action.
@@ -212,10 +230,14 @@ impl Priming {
             plan: None,
             results: Results::new(),
             last_scan: None,
+            triggered: None,
             last_planning: None,
             has_news: false,
             builds: HashMap::new(),
             landed,
+            trust: matches!(group, Group::Invocation(_)).then(Trust::default),
+            reserved: HashMap::new(),
+            over_budget: HashMap::new(),
             preparations: HashMap::new(),
             workshop,
         };
@@ -249,12 +271,20 @@ struct Worker {
     plan: Option<Plan>,
     results: Results,
     last_scan: Option<Span>,
+    /// When what is dealt with now began.
+    triggered: Option<Instant>,
     last_planning: Option<Span>,
     /// Whether more was learned than the plan knows.
     has_news: bool,
     /// The builds that speculative work is done for.
     builds: HashMap<WeakKey, u64>,
     landed: mpsc::Sender<Landing>,
+    /// What the build shows of the plan. Of action parents too many are primed together.
+    trust: Option<Trust>,
+    /// What is in flight for it, and may take of the budgets.
+    reserved: HashMap<FlightKey, Reservation>,
+    /// What there was no budget for.
+    over_budget: HashMap<FlightKey, LeftOut>,
     /// For each instance.
     preparations: HashMap<Arc<str>, Preparation>,
     workshop: Workshop,
@@ -291,19 +321,34 @@ impl Worker {
                 biased;
                 Some(landing) = landings.recv() => self.land(landing, true).await,
                 message = messages.recv() => match message {
-                    Some((message, _activity)) => self.deal_with(message).await,
+                    Some((message, _activity)) => {
+                        self.triggered = Some(Instant::now());
+                        self.deal_with(message).await;
+                        self.triggered = None;
+                    }
                     None => break,
                 },
                 () = tokio::time::sleep_until(self.may_plan_at().into()), if self.has_news => {
-                    self.plan().await;
+                    self.triggered = Some(Instant::now());
+                    self.plan(Trigger::Observed).await;
+                    self.triggered = None;
                 }
             }
         }
+        self.trust_after(|trust| *trust = Trust::default());
         // What has started, or is waited for, goes on and is still counted.
         let mut flying = Vec::new();
         for key in self.plan.iter().flat_map(Plan::awaited) {
-            self.workshop.flights.withdraw(key);
-            flying.extend(self.workshop.flights.watch(key));
+            self.workshop.flights.withdraw(key, &self.landed);
+            let Some(stage) = self.workshop.flights.watch(key) else {
+                continue;
+            };
+            flying.push(stage);
+            let recorded = self.plan.as_ref().and_then(|plan| plan.recorded(key));
+            if let Some((_, parent)) = recorded {
+                let leftover = (key.clone(), self.landed.clone());
+                self.workshop.leftovers.add(parent, leftover);
+            }
         }
         let landed = async {
             for mut stage in flying {
@@ -318,16 +363,20 @@ impl Worker {
                 () = &mut landed => break,
             }
         }
+        self.workshop.leftovers.forget(&self.landed);
     }
 
     async fn deal_with(&mut self, message: Message) {
         match message {
             Message::Begin(build) => {
                 for key in self.shares.keys() {
+                    self.workshop.budgets.begin(*key);
                     self.builds.insert(*key, build);
                 }
-                self.look_at_workspace().await;
+                self.trust_after(|trust| *trust = Trust::default());
+                self.look_at_workspace(Trigger::Workspace).await;
             }
+            Message::Saved => self.look_at_workspace(Trigger::Saved).await,
             Message::Unrecorded(identity) => {
                 let obtained = share::obtain(&self.workshop, &identity, MAX_SHARED).await;
                 if let Some(Obtained { parent, .. }) = obtained {
@@ -337,7 +386,7 @@ impl Worker {
             Message::Opened(mut opened) => {
                 let dependents = self.look_for_shared(&mut opened).await;
                 self.open(opened);
-                self.plan().await;
+                self.plan(Trigger::Parent).await;
                 if let Some(dependents) = dependents {
                     self.look_for_dependents(dependents);
                 }
@@ -349,7 +398,7 @@ impl Worker {
                     self.shares.entry(key).or_insert(Share::Whole);
                     self.shared.insert(key, parent);
                 }
-                self.plan().await;
+                self.plan(Trigger::Shared).await;
             }
             Message::Closed {
                 asked,
@@ -364,19 +413,25 @@ impl Worker {
                         current.outputs = Some(outputs.clone());
                     }
                 }
-                self.plan().await;
+                self.plan(Trigger::Dependency).await;
             }
             Message::Question { key, asked, reply } => {
                 if !self.expects(&key).await && self.may_scan_for(asked) {
-                    self.look_at_workspace().await;
+                    self.look_at_workspace(Trigger::Workspace).await;
                 }
+                self.bring_back(&key, true).await;
                 drop(reply);
             }
-            Message::Executing { key } => self.learn_from(key).await,
+            Message::Executing { key } => {
+                self.bring_back(&key, false).await;
+                self.learn_from(key).await;
+            }
+            Message::Used => self.trust_after(Trust::is_earned),
+            Message::Settled { .. } => {}
             Message::Records(parent) => {
                 let key = parent.identity.weak_key();
                 self.parents.insert(key, parent);
-                self.look_at_workspace().await;
+                self.look_at_workspace(Trigger::Workspace).await;
             }
             Message::Observed { key, result } => {
                 self.expects(&key).await;
@@ -433,6 +488,7 @@ impl Worker {
         if family.own().any(|key| is_news(&key)) {
             // They will be asked for again, in another form than the last time.
             for key in &family.dependents {
+                self.workshop.budgets.begin(*key);
                 self.known.parents.remove(key);
                 self.builds.remove(key);
             }
@@ -469,7 +525,8 @@ impl Worker {
     }
 
     /// Compares the sources on disk with what was recorded, and plans anew if they changed.
-    async fn look_at_workspace(&mut self) {
+    #[tracing::instrument(level = "debug", skip_all)]
+    async fn look_at_workspace(&mut self, trigger: Trigger) {
         self.load_parents().await;
         let began = Instant::now();
         let index = self.workshop.index.clone();
@@ -488,15 +545,18 @@ impl Worker {
         self.last_scan = Some(Span::since(began));
         if let Some(disk) = disk {
             self.known.disk = disk;
-            self.plan().await;
+            self.plan(trigger).await;
         }
     }
 
     /// Compares what a client executes with what was recorded, where that was not foreseen.
+    #[tracing::instrument(level = "debug", skip_all, fields(action = %key.action))]
     async fn learn_from(&mut self, key: FlightKey) {
-        let Some(plan) = self.plan.as_ref().filter(|plan| !plan.awaits(&key)) else {
+        if self.plan.as_ref().is_none_or(|plan| plan.awaits(&key)) {
             return;
-        };
+        }
+        self.trust_after(Trust::is_disappointed);
+        let Some(plan) = &self.plan else { return };
         let Workshop {
             cas, directories, ..
         } = &self.workshop;
@@ -553,8 +613,24 @@ impl Worker {
         if expected || !self.has_news || self.may_plan_at() > Instant::now() {
             return expected;
         }
-        self.plan().await;
+        self.plan(Trigger::Observed).await;
         self.plan.as_ref().is_some_and(awaits)
+    }
+
+    /// Notes what the build has shown of the plan; what is queued for it stays queued, or does so no
+    /// longer.
+    fn trust_after(&mut self, note: impl FnOnce(&mut Trust)) {
+        let Some(trust) = &mut self.trust else { return };
+        let was_lost = trust.is_lost();
+        note(trust);
+        match (was_lost, trust.is_lost()) {
+            (false, true) => {
+                tracing::debug!("nothing that was foreseen is used; what is queued is held back");
+                self.workshop.flights.hold_back(&self.landed);
+            }
+            (true, false) => self.workshop.flights.trust(&self.landed),
+            _ => {}
+        }
     }
 
     /// When what was learned may be planned for: planning must not take all of the time.
@@ -598,7 +674,8 @@ impl Worker {
 
     /// Plans anew if anything changed since the last plan. What was queued for another state of
     /// things is withdrawn.
-    async fn plan(&mut self) {
+    #[tracing::instrument(level = "debug", skip_all, fields(?trigger))]
+    async fn plan(&mut self, trigger: Trigger) {
         self.has_news = false;
         self.load_parents().await;
         let began = Instant::now();
@@ -615,8 +692,9 @@ impl Worker {
         if parents.is_empty() || self.plan.as_ref().is_some_and(same) {
             return;
         }
+        let worth = self.worth().await;
         let subject = match Subject::load(&self.workshop, parents, self.known.clone()).await {
-            Ok(subject) => subject,
+            Ok(subject) => Subject { worth, ..subject },
             Err(status) => {
                 tracing::warn!(%status, "input trees cannot be read; nothing is primed");
                 return;
@@ -635,13 +713,31 @@ impl Worker {
         self.results = results;
         self.last_planning = Some(Span::since(began));
         let superseded = self.plan.replace(plan);
+        self.trust_after(Trust::is_renewed);
         if let (Some(old), Some(new)) = (superseded, &self.plan) {
             for key in old.awaited().filter(|key| !new.awaits(key)) {
-                self.workshop.flights.withdraw(key);
+                self.workshop.flights.supersede(key, &self.landed);
+                if !self.workshop.flights.is_in_flight(key) {
+                    self.reserved.remove(key);
+                }
             }
         }
+        self.supersede_leftovers();
         self.report_unadaptable();
         self.launch(ready);
+        self.report_verdicts(trigger).await;
+    }
+
+    /// Cancels what is still executed for earlier builds of the planned parents, and of no use now.
+    fn supersede_leftovers(&self) {
+        let Some(plan) = &self.plan else { return };
+        for parent in self.shares.keys() {
+            for (key, owner) in self.workshop.leftovers.take(*parent) {
+                if !plan.awaits(&key) {
+                    self.workshop.flights.supersede(&key, &owner);
+                }
+            }
+        }
     }
 
     /// Announces what is ready, at once and all together, and has it prepared.
@@ -650,11 +746,22 @@ impl Worker {
         for ready in ready {
             let key = ready.key.clone();
             let instance = key.instance.clone();
-            if let Some(announcement) = self.workshop.flights.announce(key, &self.landed) {
+            let Some(whom) = self.beneficiary(&key) else {
+                continue;
+            };
+            let Some(reservation) = self.reserve(&ready) else {
+                continue;
+            };
+            let announced = self.workshop.flights.announce(key.clone(), &self.landed);
+            if let Some(announcement) = announced {
+                announcement.expect(ready.recorded);
+                self.reserved.insert(key, reservation);
                 let activity = self.workshop.activities.begin();
                 jobs.entry(instance).or_default().push(Job {
                     announcement,
                     ready,
+                    whom,
+                    triggered: self.triggered,
                     activity,
                 });
             }
@@ -677,8 +784,72 @@ impl Worker {
         }
     }
 
+    /// Sets aside what an execution may take. `None` if there is no budget for it.
+    fn reserve(&mut self, ready: &Ready) -> Option<Reservation> {
+        let recorded = self.plan.as_ref()?.recorded(&ready.key);
+        let parent = recorded.map(|(_, parent)| parent);
+        let build = parent.and_then(|parent| self.builds.get(&parent));
+        let spender = match (build, parent) {
+            (Some(build), _) => Spender::Build(*build),
+            (None, parent) => Spender::Parent(parent?),
+        };
+        let budgets = &self.workshop.budgets;
+        match budgets.reserve(spender, ready.recorded, Instant::now()) {
+            Ok(reservation) => Some(reservation),
+            Err(flag) => {
+                let left_out = LeftOut::OverBudget(flag);
+                self.workshop.flights.leave_out(&left_out);
+                self.over_budget.insert(ready.key.clone(), left_out);
+                None
+            }
+        }
+    }
+
+    /// What is known of how predictions were used.
+    async fn worth(&self) -> Worth {
+        let parents: Vec<WeakKey> = self.parents.keys().copied().collect();
+        let uses = self.workshop.uses.clone();
+        let wasted = task::blocking("uses of predictions", move || {
+            let wasted = parents.into_iter();
+            wasted.map(|parent| (parent, uses.wasted(parent))).collect()
+        });
+        Worth {
+            wasted: wasted.await.unwrap_or_default(),
+            overhead: self.workshop.flights.overhead(),
+        }
+    }
+
+    /// A client asks for `key`. If it was left out, predictions like it come back, and what was
+    /// left out with it is executed now; itself, too, unless the client does that already.
+    async fn bring_back(&mut self, key: &FlightKey, with_itself: bool) {
+        let left_out = self.plan.as_ref().map(|plan| plan.left_out(key));
+        let left_out = left_out.unwrap_or_default();
+        if left_out.is_empty() {
+            return;
+        }
+        let uses = self.workshop.uses.clone();
+        task::blocking("uses of predictions", move || {
+            for (parent, prediction) in left_out {
+                uses.bring_back(parent, prediction);
+            }
+        })
+        .await;
+        let worth = self.worth().await;
+        let Some(plan) = &mut self.plan else { return };
+        let mut back = plan.judge_anew(worth);
+        back.retain(|ready| with_itself || ready.key != *key);
+        tracing::debug!(action = %key.action, actions = back.len(), "predictions come back");
+        self.launch(back);
+        self.report_verdicts(Trigger::Observed).await;
+    }
+
     async fn land(&mut self, landing: Landing, go_on: bool) {
         let key = landing.key;
+        if let Some(reservation) = self.reserved.remove(&key)
+            && let Some(taken) = self.taken(&key, &landing.outcome)
+        {
+            reservation.settle(taken, Instant::now());
+        }
         match landing.outcome {
             Outcome::Primed(result) => {
                 self.tell_primed(&key).await;
@@ -691,20 +862,37 @@ impl Worker {
         }
     }
 
-    /// Tells the engine for whom a result was primed. Of one that no plan awaits any more, it is
-    /// told that it was for the parent that began last.
+    /// How long a worker was busy with what has landed; `None` if it was not executed.
+    fn taken(&self, key: &FlightKey, outcome: &Outcome) -> Option<Duration> {
+        match outcome {
+            Outcome::Primed(result) => Some(execution_time(result).unwrap_or_default()),
+            Outcome::Cached(_) => None,
+            Outcome::Failed | Outcome::Abandoned => {
+                let started = self.workshop.flights.record(key)?.flown().started_unix_ms?;
+                let taken = clock::now_unix_ms() - started;
+                Some(Duration::from_millis(taken.try_into().unwrap_or(0)))
+            }
+        }
+    }
+
+    /// Tells the engine for whom a result was primed.
     async fn tell_primed(&self, key: &FlightKey) {
+        if let Some(whom) = self.beneficiary(key) {
+            // The engine is told last of all, by a channel that it drains promptly.
+            let _ = self.workshop.news.send(News::Primed(whom)).await;
+        }
+    }
+
+    /// For whom `key` is executed. What no plan awaits any more is for the parent that began last.
+    fn beneficiary(&self, key: &FlightKey) -> Option<Beneficiary> {
         let recorded = self.plan.as_ref().and_then(|plan| plan.recorded(key));
         let parent = recorded.map(|(_, parent)| parent);
         let parent = parent.or_else(|| {
             let latest = self.builds.iter().max_by_key(|(_, build)| **build);
             latest.map(|(parent, _)| *parent)
-        });
-        if let Some(parent) = parent {
-            let build = self.builds.get(&parent).copied();
-            // The engine is told last of all, by a channel that it drains promptly.
-            let _ = self.workshop.primed.send(Primed { parent, build }).await;
-        }
+        })?;
+        let build = self.builds.get(&parent).copied();
+        Some(Beneficiary { parent, build })
     }
 
     async fn complete(&mut self, key: &FlightKey, result: Option<&ActionResult>, go_on: bool) {
@@ -749,6 +937,51 @@ impl Worker {
         if go_on {
             self.launch(ready);
         }
+        self.report_verdicts(Trigger::Completed).await;
+    }
+
+    /// Tells the engine what is planned, for the journals of those for whom it is. Comes after what
+    /// is ready was announced.
+    async fn report_verdicts(&mut self, trigger: Trigger) {
+        let verdicts = self.plan.as_mut().map(Plan::take_verdicts);
+        let planned_unix_ms = clock::now_unix_ms();
+        let mut by_parent: HashMap<WeakKey, Vec<Planned>> = HashMap::new();
+        for mut verdict in verdicts.into_iter().flatten() {
+            let flights = &self.workshop.flights;
+            let mut flight = None;
+            if let Outlook::Adapted(adaptation) = &mut verdict.outlook {
+                match &adaptation.left_out {
+                    Some(left_out) => flights.leave_out(left_out),
+                    None => adaptation.left_out = self.over_budget.remove(&adaptation.key),
+                }
+                if adaptation.left_out.is_none() {
+                    flight = flights.record(&adaptation.key);
+                }
+            }
+            by_parent.entry(verdict.parent).or_default().push(Planned {
+                trigger: self.trigger_for(&verdict, trigger),
+                verdict,
+                planned_unix_ms,
+                flight,
+            });
+        }
+        for (parent, planned) in by_parent {
+            let build = self.builds.get(&parent).copied();
+            let news = News::Planned(Beneficiary { parent, build }, planned);
+            // The engine is told last of all, by a channel that it drains promptly.
+            let _ = self.workshop.news.send(news).await;
+        }
+    }
+
+    /// What made primed plan for a parent: what did so for all of them may be about others.
+    fn trigger_for(&self, verdict: &Verdict, trigger: Trigger) -> Trigger {
+        let parent = &verdict.parent;
+        match trigger {
+            Trigger::Completed | Trigger::Observed => trigger,
+            _ if self.shared.contains_key(parent) => Trigger::Shared,
+            Trigger::Parent if !self.known.parents.contains_key(parent) => Trigger::Dependency,
+            _ => trigger,
+        }
     }
 
     fn report_unadaptable(&mut self) {
@@ -758,6 +991,9 @@ impl Worker {
         let unadaptable = plan.take_unadaptable();
         for (action, reason) in &unadaptable {
             tracing::debug!(%action, %reason, "a recorded action cannot be adapted");
+        }
+        for (_, reason) in &unadaptable {
+            METERS.unadaptable.add(reason.word(), 1);
         }
         if let Some((_, reason)) = unadaptable.first() {
             let actions = unadaptable.len() as u64;

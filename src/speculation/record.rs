@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use prost::Message;
+use prost_types::Timestamp;
 use tonic::Status;
 
 use super::mounts::Mounts;
@@ -217,14 +218,16 @@ fn strip_suffix(directory: &Path, suffix: &str) -> Option<PathBuf> {
 /// How long a worker ran the action, if the result says so.
 pub fn execution_time(result: &ActionResult) -> Option<Duration> {
     let metadata: &ExecutedActionMetadata = result.execution_metadata.as_ref()?;
-    let nanos = |time: &prost_types::Timestamp| {
-        i128::from(time.seconds) * 1_000_000_000 + i128::from(time.nanos)
-    };
-    let started = nanos(metadata.execution_start_timestamp.as_ref()?);
-    let completed = nanos(metadata.execution_completed_timestamp.as_ref()?);
-    u64::try_from(completed - started)
-        .ok()
-        .map(Duration::from_nanos)
+    let started = metadata.execution_start_timestamp.as_ref()?;
+    between(started, metadata.execution_completed_timestamp.as_ref()?)
+}
+
+/// How long it was from one time to a later one.
+pub fn between(earlier: &Timestamp, later: &Timestamp) -> Option<Duration> {
+    let nanos =
+        |time: &Timestamp| i128::from(time.seconds) * 1_000_000_000 + i128::from(time.nanos);
+    let nanos = u64::try_from(nanos(later) - nanos(earlier));
+    nanos.ok().map(Duration::from_nanos)
 }
 
 /// The files that an action under `function` wrote, those in output directories too: paths relative

@@ -1,25 +1,31 @@
 //! The background task that turns ended builds into records: record, then generate, then store.
 //! One build after the other, so that two builds of a parent never overwrite each other.
 
+use std::borrow::Cow;
 use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
+use std::time::Instant;
 
 use tokio::sync::{mpsc, oneshot};
 use tonic::Status;
 
+use super::accounting::{Accounting, Effort, Reasons, Shortfall};
 use super::activity::Activity;
 use super::archive::{Import, adopt_waiting};
 use super::callers::Caller;
 use super::carry_over::carry_over;
 use super::flights::FlightKey;
 use super::generate::{ReadFiles, Sources, generate, generate_for_texts};
+use super::journal_store::Fresh;
 use super::parent::{BaseAction, ExecutedParent, Parent, ParentIdentity, ParentKind, WeakKey};
 use super::record::{Subaction, record};
 use super::share;
-use super::workshop::Workshop;
+use super::workshop::{Beneficiary, News, Workshop};
 use crate::cas::directories::Trees;
 use crate::cas::{Digest, DigestFunction};
 use crate::config::Mode;
+use crate::meters::{self, METERS};
+use crate::quick_map::QuickMap;
 use crate::task;
 
 /// What the recorder is told.
@@ -28,16 +34,30 @@ pub enum Message {
     Ended(Box<Ended>),
     /// Records that were made elsewhere.
     Import(Box<Import>),
+    /// The journal of a build that has ended is to be kept; it is the last time that it is, if
+    /// nothing is in flight for the build any more.
+    Journal {
+        /// The journal.
+        fresh: Box<Fresh>,
+        /// Whether it is the last time.
+        is_final: bool,
+        /// Counts as activity until it is kept.
+        activity: Activity,
+    },
     /// Answered when all that came before it is recorded.
     Flush(oneshot::Sender<()>),
 }
 
 /// A build that has ended.
 pub struct Ended {
+    /// The build's id.
+    pub id: String,
+    /// The build's number.
+    pub number: u64,
     /// Who ran it.
-    pub caller: Caller,
+    pub caller: Arc<Caller>,
     /// What it asked for.
-    pub subactions: HashMap<FlightKey, Subaction>,
+    pub subactions: QuickMap<FlightKey, Subaction>,
     /// What was executed, if it was for an action parent, and recorded parents that it may depend
     /// on.
     pub executed: Option<(Arc<ExecutedParent>, Vec<WeakKey>)>,
@@ -64,6 +84,8 @@ pub async fn run(
     mut messages: mpsc::Receiver<Message>,
     recorded: mpsc::Sender<Recorded>,
 ) {
+    // What recording the latest build took. Its journal comes next, and says so.
+    let mut latest = (String::new(), Effort::default());
     while let Some(message) = messages.recv().await {
         let build = match message {
             Message::Ended(build) => build,
@@ -74,12 +96,29 @@ pub async fn run(
                 }
                 continue;
             }
+            Message::Journal {
+                mut fresh,
+                is_final,
+                activity,
+            } => {
+                let (id, effort) = &latest;
+                if fresh.build.id == *id {
+                    fresh.build.accounting.spend(effort);
+                    latest = Default::default();
+                }
+                keep_journal(&workshop, *fresh, is_final).await;
+                drop(activity);
+                continue;
+            }
             Message::Flush(reply) => {
                 // Whoever asked may have gone.
                 let _ = reply.send(());
                 continue;
             }
         };
+        if latest.0 != build.id {
+            latest = (build.id.clone(), Effort::default());
+        }
         let mut by_place: HashMap<(Arc<str>, DigestFunction), Vec<Subaction>> = HashMap::new();
         for (key, subaction) in build.subactions {
             let place = (key.instance, key.action.function());
@@ -97,6 +136,11 @@ pub async fn run(
             let identity = build.caller.parent(&instance, function);
             subactions.sort_by_key(|subaction| subaction.order);
             let label = identity.label();
+            let began = Instant::now();
+            let whom = Beneficiary {
+                parent: identity.weak_key(),
+                build: Some(build.number),
+            };
             let recording = Recording {
                 workshop: &workshop,
                 mode,
@@ -108,7 +152,18 @@ pub async fn run(
                     parent,
                     dependencies,
                     dropped,
+                    input_bytes,
                 }) => {
+                    let effort = Effort {
+                        input_bytes,
+                        generation: began.elapsed(),
+                        ..Effort::default()
+                    };
+                    METERS.input_bytes.add(input_bytes);
+                    METERS.generation.add(effort.generation);
+                    latest.1 += effort;
+                    // An engine that is gone needs to know nothing.
+                    let _ = workshop.news.send(News::Spent(whom, effort)).await;
                     let activity = build.activity.clone();
                     let message = Recorded {
                         parent: parent.clone(),
@@ -121,6 +176,40 @@ pub async fn run(
                 }
                 Err(reason) => tracing::warn!(parent = label, %reason, "a build was not recorded"),
             }
+        }
+    }
+}
+
+/// Makes the journal readable, and keeps it.
+#[tracing::instrument(level = "debug", skip_all, fields(build = fresh.build.id))]
+async fn keep_journal(workshop: &Workshop, fresh: Fresh, is_final: bool) {
+    let Fresh { build, journal } = fresh;
+    let page = journal.page(build, &workshop.names, &workshop.cas).await;
+    let Accounting {
+        unresolved, unused, ..
+    } = &page.build.accounting;
+    if is_final {
+        count(&METERS.unresolved, unresolved);
+        count(&METERS.unused, unused);
+    }
+    let reviewed = Shortfall {
+        unadaptable: page.build.accounting.unadaptable.clone(),
+        unresolved: unresolved.clone(),
+        unused: unused.clone(),
+    };
+    let news = News::Reviewed(page.build.id.clone(), reviewed);
+    // An engine that is gone needs to know nothing.
+    let _ = workshop.news.send(news).await;
+    let journals = workshop.journals.clone();
+    // A panic is logged.
+    task::blocking("keeping a journal", move || journals.save(&page)).await;
+}
+
+fn count<const N: usize>(meters: &meters::Reasons<N>, reasons: &Reasons) {
+    for (reason, count) in reasons {
+        // Reasons that were read from somewhere have been counted before.
+        if let Cow::Borrowed(reason) = reason {
+            meters.add(reason, *count);
         }
     }
 }
@@ -140,9 +229,12 @@ struct Saved {
     dependencies: Vec<ParentIdentity>,
     /// Parents that had to go.
     dropped: Vec<WeakKey>,
+    /// Bytes of the inputs, each digest once.
+    input_bytes: u64,
 }
 
 impl Recording<'_> {
+    #[tracing::instrument(level = "debug", skip_all, fields(parent = self.identity.label()))]
     async fn record(self, subactions: &[Subaction]) -> Result<Saved, String> {
         let Recording {
             workshop,
@@ -223,6 +315,8 @@ impl Recording<'_> {
         let index = workshop.index.clone();
         let label = parent.identity.label();
         let saved = task::blocking("generation", move || {
+            let _generation = tracing::debug_span!("generation", actions = actions.len()).entered();
+            let input_bytes = input_bytes(&actions, &trees);
             let sources = match &parent.executed {
                 Some(executed) => Sources::Tree {
                     own: executed.input_root,
@@ -235,10 +329,10 @@ impl Recording<'_> {
                 parent.text_roots.clear();
             }
             let dropped = store.save(&parent, &index.take_unsaved());
-            (Arc::new(parent), dropped)
+            (Arc::new(parent), dropped, input_bytes)
         })
         .await;
-        let Some((parent, dropped)) = saved else {
+        let Some((parent, dropped, input_bytes)) = saved else {
             return Err("generating its overlays failed".to_owned());
         };
         tracing::info!(
@@ -256,8 +350,25 @@ impl Recording<'_> {
             parent,
             dependencies,
             dropped,
+            input_bytes,
         })
     }
+}
+
+/// Bytes of all that stands in the input trees of `actions`, directories included, each digest once.
+fn input_bytes(actions: &[Arc<BaseAction>], trees: &Trees) -> u64 {
+    let mut seen: HashSet<Digest> = HashSet::new();
+    let mut open: Vec<Digest> = actions.iter().map(|base| base.input_root).collect();
+    while let Some(digest) = open.pop() {
+        if !seen.insert(digest) {
+            continue;
+        }
+        if let Some(directory) = trees.get(&digest) {
+            open.extend(directory.directories.iter().map(|(_, digest)| *digest));
+            seen.extend(directory.files.iter().map(|(_, digest)| *digest));
+        }
+    }
+    seen.iter().map(Digest::size).sum()
 }
 
 /// The roots of trees that the text of `actions` names, where that is text of the parent itself.

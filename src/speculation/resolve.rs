@@ -183,13 +183,32 @@ impl Resolver<'_> {
         file: TreeFile<'_>,
         output: impl Fn(Node, &str) -> Option<Option<Digest>>,
     ) -> Current<'b> {
+        self.with_origin(file, output).0
+    }
+
+    /// The origin that says what `file` is now, if one does.
+    pub fn telling(
+        &self,
+        file: TreeFile<'_>,
+        output: impl Fn(Node, &str) -> Option<Option<Digest>>,
+    ) -> Option<&Origin> {
+        self.with_origin(file, output).1
+    }
+
+    fn with_origin<'b>(
+        &'b self,
+        file: TreeFile<'_>,
+        output: impl Fn(Node, &str) -> Option<Option<Digest>>,
+    ) -> (Current<'b>, Option<&'b Origin>) {
         let mut vanished = None;
         let mut awaited = false;
         let candidates = self.candidates(file);
-        for origin in &candidates {
+        for &origin in &candidates {
             let found = match origin {
                 Origin::Disk(path) => match self.known.disk.get(path) {
-                    Some(Some(digest)) => return Current::Source(path, *digest),
+                    Some(Some(digest)) => {
+                        return (Current::Source(path, *digest), Some(origin));
+                    }
                     Some(None) | None => None,
                 },
                 Origin::Tree { parent, path } => match self.current(*parent) {
@@ -199,7 +218,7 @@ impl Resolver<'_> {
                 Origin::Action { action, path, .. } => match self.producer(origin, action) {
                     Some(producer) => match output(producer, path) {
                         Some(found) => found,
-                        None => return Current::Pending(producer),
+                        None => return (Current::Pending(producer), Some(origin)),
                     },
                     None => continue,
                 },
@@ -219,15 +238,16 @@ impl Resolver<'_> {
                 },
             };
             match found {
-                Some(digest) => return Current::Stored(digest),
+                Some(digest) => return (Current::Stored(digest), Some(origin)),
                 None => vanished = vanished.or(Some(path_of(origin))),
             }
         }
-        match vanished {
+        let unknown = match vanished {
             _ if awaited => Current::Awaited,
             Some(path) => Current::Vanished(path),
             None => Current::Recorded,
-        }
+        };
+        (unknown, None)
     }
 
     /// Whether a file with these origins is made anew by another parent, which has not been asked

@@ -2,110 +2,34 @@
 //! be instantiated now, takes in what has completed, and orders what is ready by the longest
 //! recorded time still below it. A plan is pure: it calls nobody and knows no clock.
 
-use std::collections::{HashMap, HashSet};
+use std::cmp::Reverse;
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::sync::Arc;
 use std::time::Duration;
-
-use bytes::Bytes;
-use tonic::Status;
 
 use super::edits::{Edit, Edits, Lesson, OldFile};
 use super::flights::{FlightKey, Urgency};
 use super::instantiate::{Adapted, Instantiation, Instantiator, Task, Texts, Unadaptable};
 use super::known::{Known, find_file, find_output};
-use super::parent::{BaseAction, Parent, ParentKind, WeakKey};
+use super::parent::{BaseAction, Parent, WeakKey};
 use super::resolve::{Current, Node, Resolver, TreeFile, TreeKind};
-use super::workshop::Workshop;
+use super::subject::{PlannedParent, Share, Subject};
+use super::uses::{Prediction, RETIRES};
+use super::verdict::{Adaptation, LeftOut, MAX_CHANGES, Outlook, Verdict};
+use super::worth::Worth;
 use crate::cas::Digest;
 use crate::cas::directories::Trees;
+use bytes::Bytes;
+
+/// Of two paths to the end of the build, one of at least this part of the other is nearly as long:
+/// what executions of the same take differs by as much from build to build.
+const NEARLY: f64 = 0.75;
 
 /// Files that an action wrote: paths relative to its input root.
 pub type Outputs = Vec<(String, Digest)>;
 
 /// Outputs of adapted actions, of this plan and those before it.
 pub type Results = HashMap<FlightKey, Outputs>;
-
-/// What a plan is made of.
-#[derive(Clone, Debug, Default)]
-pub struct Subject {
-    /// The parents whose actions are adapted.
-    pub parents: Vec<PlannedParent>,
-    /// The directories of all trees that they name.
-    pub trees: Trees,
-    /// The commands of actions with digest-valued text.
-    pub commands: HashMap<Digest, Bytes>,
-    /// What they are adapted to.
-    pub known: Known,
-}
-
-impl Subject {
-    /// What a plan for `parents` needs to know.
-    ///
-    /// # Errors
-    /// The backend's status, when it cannot be asked.
-    pub async fn load(
-        workshop: &Workshop,
-        parents: Vec<PlannedParent>,
-        known: Known,
-    ) -> Result<Self, Status> {
-        let Workshop {
-            cas, directories, ..
-        } = workshop;
-        let mut roots: HashMap<Arc<str>, Vec<Digest>> = HashMap::new();
-        let mut commands: HashMap<Arc<str>, Vec<Digest>> = HashMap::new();
-        for PlannedParent { parent, .. } in &parents {
-            let identity = &parent.identity;
-            let bases = parent.actions.values();
-            let of_bases = roots.entry(identity.instance.clone()).or_default();
-            of_bases.extend(bases.clone().map(|base| base.input_root));
-            let with_texts = bases.filter(|base| !base.texts.is_empty());
-            let with_texts = with_texts.filter_map(|base| base.parts().ok());
-            let of_bases = commands.entry(identity.instance.clone()).or_default();
-            of_bases.extend(with_texts.map(|parts| parts.command));
-            if let ParentKind::Action(action) = &identity.kind {
-                let of_parents = roots.entry(action.instance.clone()).or_default();
-                match known.parents.get(&identity.weak_key()) {
-                    Some(current) => of_parents.push(current.input_root),
-                    None => of_parents.extend(&parent.text_roots),
-                }
-            }
-        }
-        let mut subject = Subject {
-            parents,
-            known,
-            ..Subject::default()
-        };
-        for (instance, roots) in roots {
-            subject
-                .trees
-                .extend(directories.load(cas, &instance, roots).await?);
-        }
-        for (instance, digests) in commands {
-            subject
-                .commands
-                .extend(cas.fetch(&instance, digests).await?);
-        }
-        Ok(subject)
-    }
-}
-
-/// A parent in a plan.
-#[derive(Clone, Debug)]
-pub struct PlannedParent {
-    /// Its records.
-    pub parent: Arc<Parent>,
-    /// Which of its actions are adapted.
-    pub share: Share,
-}
-
-/// How much of a parent's actions is adapted.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Share {
-    /// All of them.
-    Whole,
-    /// Those that actions of other parents wait for.
-    OnDemand,
-}
 
 /// The adaptation of recorded actions to what is known now.
 pub struct Plan {
@@ -123,6 +47,13 @@ pub struct Plan {
     flying: HashMap<FlightKey, Vec<Node>>,
     unchanged: Vec<Node>,
     unadaptable: Vec<(Digest, Unadaptable)>,
+    /// What each action was adapted to.
+    adapted: HashMap<Node, Digest>,
+    /// What actions have waited for.
+    waited: HashMap<Node, Arc<[Node]>>,
+    /// Adapted, and not executed.
+    left_out: BTreeMap<Node, Box<Adapted>>,
+    verdicts: Vec<Verdict>,
 }
 
 struct PlannedAction {
@@ -130,6 +61,8 @@ struct PlannedAction {
     /// Index of its parent.
     parent: usize,
     command: Option<Bytes>,
+    /// How many executions of it in a row were wasted.
+    wasted: u8,
 }
 
 enum State {
@@ -154,6 +87,8 @@ pub struct Ready {
     pub adapted: Box<Adapted>,
     /// Its place in the lane.
     pub urgency: Urgency,
+    /// How long it took when it was recorded; zero if that is not known.
+    pub recorded: Duration,
 }
 
 impl Plan {
@@ -170,6 +105,7 @@ impl Plan {
             bases.sort_by_key(|base| (base.order, base.digest));
             actions.extend(bases.into_iter().map(|base| PlannedAction {
                 command: command(&base, &subject.commands),
+                wasted: subject.worth.wasted(keys[index], &base),
                 parent: index,
                 base,
             }));
@@ -211,6 +147,10 @@ impl Plan {
             flying: HashMap::new(),
             unchanged: Vec::new(),
             unadaptable: Vec::new(),
+            adapted: HashMap::new(),
+            waited: HashMap::new(),
+            left_out: BTreeMap::new(),
+            verdicts: Vec::new(),
         }
     }
 
@@ -231,6 +171,7 @@ impl Plan {
         let wanted = |node: &Node| !matches!(self.states[*node], State::Idle);
         let nodes = (0..self.actions.len()).filter(wanted).collect();
         let adapted = self.advance(nodes, results);
+        let adapted = self.worthwhile(adapted);
         self.find_critical_paths();
         self.in_order(adapted)
     }
@@ -248,9 +189,113 @@ impl Plan {
                 Some(outputs) => self.finish(node, outputs.clone(), &mut released),
                 None => self.states[node] = State::Stuck,
             }
+            self.left_out.remove(&node);
         }
         let adapted = self.advance(released, results);
+        let adapted = self.worthwhile(adapted);
         self.in_order(adapted)
+    }
+
+    /// The predictions that are awaited as `key` and not executed, each with its parent.
+    pub fn left_out(&self, key: &FlightKey) -> Vec<(WeakKey, Prediction)> {
+        let nodes = self.flying.get(key).into_iter().flatten();
+        let nodes = nodes.filter(|node| self.left_out.contains_key(node));
+        let actions = nodes.map(|node| &self.actions[*node]);
+        let named = actions.filter_map(|action| {
+            let prediction = Prediction::of(&action.base)?;
+            Some((self.keys[action.parent], prediction))
+        });
+        named.collect()
+    }
+
+    /// Takes in that other counts of what was wasted hold. Returns what is worth it now.
+    pub fn judge_anew(&mut self, worth: Worth) -> Vec<Ready> {
+        self.subject.worth = worth;
+        for action in &mut self.actions {
+            let parent = self.keys[action.parent];
+            action.wasted = self.subject.worth.wasted(parent, &action.base);
+        }
+        let back = self.worthwhile(Vec::new());
+        self.in_order(back)
+    }
+
+    /// Whom among the adapted, and those that were left out before, it is worth it to execute. The
+    /// others are left out.
+    fn worthwhile(&mut self, adapted: Vec<(Node, Box<Adapted>)>) -> Vec<(Node, Box<Adapted>)> {
+        let before = std::mem::take(&mut self.left_out);
+        let is_new: HashSet<Node> = adapted.iter().map(|(node, _)| *node).collect();
+        let mut needed = HashMap::new();
+        let mut worthwhile = Vec::new();
+        let mut to_say = HashMap::new();
+        for (node, adapted) in adapted.into_iter().chain(before) {
+            let verdict = self.verdict_on(node);
+            let needed = verdict.is_none() || self.is_needed(node, &mut needed);
+            if !needed {
+                self.left_out.insert(node, adapted);
+            } else {
+                worthwhile.push((node, adapted));
+            }
+            if needed != is_new.contains(&node) {
+                to_say.insert(node, verdict.filter(|_| !needed));
+            }
+        }
+        self.say_left_out(to_say);
+        worthwhile
+    }
+
+    /// Why an action is not executed for its own sake.
+    fn verdict_on(&self, node: Node) -> Option<LeftOut> {
+        let PlannedAction { base, wasted, .. } = &self.actions[node];
+        self.subject.worth.judge(*wasted, base.duration)
+    }
+
+    /// Whether an action that waits for this one is executed for its own sake. What is retired is
+    /// executed only for one that has never been wasted: another, left out whenever it was cheap,
+    /// may not have been counted as often as it was in vain.
+    fn is_needed(&self, node: Node, known: &mut HashMap<Node, bool>) -> bool {
+        if let Some(known) = known.get(&node) {
+            return *known;
+        }
+        // Actions that wait for each other, which no build asks for, need nothing.
+        known.insert(node, false);
+        let mut dependents = self.dependents[node].iter();
+        let is_retired = self.actions[node].wasted >= RETIRES;
+        let needed = dependents.any(|dependent| {
+            let may_want = !is_retired || self.actions[*dependent].wasted == 0;
+            may_want && self.verdict_on(*dependent).is_none() || self.is_needed(*dependent, known)
+        });
+        known.insert(node, needed);
+        needed
+    }
+
+    /// Says of adapted actions whether they are executed.
+    fn say_left_out(&mut self, mut to_say: HashMap<Node, Option<LeftOut>>) {
+        if to_say.is_empty() {
+            return;
+        }
+        for verdict in &mut self.verdicts {
+            let place = (verdict.parent, verdict.base.digest);
+            if let Outlook::Adapted(adaptation) = &mut verdict.outlook
+                && let Some(node) = self.producers.get(&place)
+                && let Some(left_out) = to_say.remove(node)
+            {
+                adaptation.left_out = left_out;
+            }
+        }
+        // Of the others it was told before what they have become.
+        for (node, left_out) in to_say {
+            let Some(action) = self.adapted.get(&node).copied() else {
+                continue;
+            };
+            let adaptation = Adaptation {
+                key: self.flight(node, action),
+                changes: Vec::new(),
+                changes_left_out: 0,
+                after: self.after(node),
+                left_out,
+            };
+            self.say(node, Outlook::Adapted(adaptation));
+        }
     }
 
     /// Whether the result of `key` is awaited.
@@ -363,20 +408,45 @@ impl Plan {
         std::mem::take(&mut self.unadaptable)
     }
 
+    /// What was said of recorded actions since the last call. The last word counts.
+    pub fn take_verdicts(&mut self) -> Vec<Verdict> {
+        std::mem::take(&mut self.verdicts)
+    }
+
+    fn say(&mut self, node: Node, outlook: Outlook) {
+        let action = &self.actions[node];
+        self.verdicts.push(Verdict {
+            parent: self.keys[action.parent],
+            base: action.base.clone(),
+            outlook,
+        });
+    }
+
+    /// What an action has waited for, less what turned out to be as it was.
+    fn after(&self, node: Node) -> Vec<Digest> {
+        let waited = self.waited.get(&node).map_or(&[][..], |nodes| nodes);
+        let adapted = waited.iter().filter_map(|node| self.adapted.get(node));
+        adapted.copied().collect()
+    }
+
     /// Instantiates `nodes` and whatever that releases or calls for.
     fn advance(&mut self, nodes: Vec<Node>, results: &Results) -> Vec<(Node, Box<Adapted>)> {
         let mut ready = Vec::new();
+        let mut waiting = Vec::new();
         let mut released = nodes;
         released.reverse();
         while let Some(node) = released.pop() {
             match self.instantiate(node) {
                 Ok(Instantiation::Unchanged) => {
                     self.unchanged.push(node);
+                    self.say(node, Outlook::Unchanged);
                     let outputs = self.actions[node].base.outputs.clone();
                     self.finish(node, outputs, &mut released);
                 }
                 Ok(Instantiation::Waits(nodes)) => {
                     self.states[node] = State::Waiting(nodes.len());
+                    self.waited.insert(node, nodes.clone());
+                    waiting.push(node);
                     for producer in nodes.iter() {
                         self.dependents[*producer].push(node);
                         if let State::Idle = self.states[*producer] {
@@ -386,9 +456,23 @@ impl Plan {
                     }
                 }
                 // Another plan will know more.
-                Ok(Instantiation::Awaits) => self.states[node] = State::Stuck,
+                Ok(Instantiation::Awaits(path)) => {
+                    self.states[node] = State::Stuck;
+                    let path = path.map(|path| path.to_string());
+                    self.say(node, Outlook::Unresolved(path));
+                }
                 Ok(Instantiation::Adapted(adapted)) => {
                     let key = self.flight(node, adapted.action);
+                    self.adapted.insert(node, adapted.action);
+                    let (changes, changes_left_out) = adapted.changes(MAX_CHANGES);
+                    let adaptation = Adaptation {
+                        key: key.clone(),
+                        changes,
+                        changes_left_out,
+                        after: self.after(node),
+                        left_out: None,
+                    };
+                    self.say(node, Outlook::Adapted(adaptation));
                     match results.get(&key) {
                         Some(outputs) => self.finish(node, outputs.clone(), &mut released),
                         None => {
@@ -401,8 +485,18 @@ impl Plan {
                 Err(reason) => {
                     self.states[node] = State::Stuck;
                     let base = self.actions[node].base.digest;
+                    self.say(
+                        node,
+                        Outlook::Unadaptable(reason.word(), reason.to_string()),
+                    );
                     self.unadaptable.push((base, reason));
                 }
+            }
+        }
+        // All that they wait for has been looked at by now.
+        for node in waiting {
+            if let State::Waiting(1..) = self.states[node] {
+                self.say(node, Outlook::Waits(self.after(node)));
             }
         }
         ready
@@ -474,15 +568,26 @@ impl Plan {
         }
     }
 
-    /// The most urgent first; two base actions that became the same adapted one count once.
+    /// The most urgent first; two base actions that became the same adapted one count once. No two
+    /// executions take equally long, so what takes nearly as long as the longest counts as equal to
+    /// it, and the next longest begins what comes after that.
     fn in_order(&self, adapted: Vec<(Node, Box<Adapted>)>) -> Vec<Ready> {
-        let mut seen = std::collections::HashSet::new();
+        let mut adapted = adapted;
+        adapted.sort_by_key(|(node, _)| Reverse(self.critical_paths[*node]));
+        let mut longest = Duration::MAX;
+        let mut seen = HashSet::new();
         let mut ready: Vec<Ready> = adapted
             .into_iter()
-            .map(|(node, adapted)| Ready {
-                key: self.flight(node, adapted.action),
-                adapted,
-                urgency: Urgency::new(self.critical_paths[node], self.actions[node].base.order),
+            .map(|(node, adapted)| {
+                if self.critical_paths[node] < longest.mul_f64(NEARLY) {
+                    longest = self.critical_paths[node];
+                }
+                Ready {
+                    key: self.flight(node, adapted.action),
+                    adapted,
+                    recorded: self.actions[node].base.duration,
+                    urgency: Urgency::new(longest, self.actions[node].base.order),
+                }
             })
             .filter(|ready| seen.insert(ready.key.clone()))
             .collect();
@@ -535,8 +640,11 @@ mod tests {
     use crate::reapi;
     use crate::speculation::known::{CurrentParent, Sources};
     use crate::speculation::parent::{
-        ActionParent, ExecutedParent, Origin, OverlayTable, ParentIdentity, SubactionKey, fixture,
+        ActionParent, ExecutedParent, Origin, OverlayTable, ParentIdentity, ParentKind,
+        SubactionKey, fixture,
     };
+    use crate::speculation::uses::Wasted;
+    use crate::speculation::verdict::By;
     use bytes::Bytes;
     use prost::Message;
 
@@ -547,6 +655,8 @@ mod tests {
         trees: Trees,
         sources: Sources,
         overlays: OverlayTable,
+        wasted: Wasted,
+        overhead: Duration,
     }
 
     fn digest(text: &str) -> Digest {
@@ -588,6 +698,19 @@ mod tests {
             self
         }
 
+        /// So many executions in a row of the last action were wasted.
+        fn wasted(mut self, times: u8) -> Self {
+            let last = self.bases.last().unwrap();
+            self.wasted.insert(Prediction::of(last).unwrap(), times);
+            self
+        }
+
+        /// To execute an action costs so many seconds.
+        fn costing(mut self, seconds: u64) -> Self {
+            self.overhead = Duration::from_secs(seconds);
+            self
+        }
+
         fn plan(self) -> Plan {
             let actions = self.bases.into_iter().map(|base| {
                 let action_key = base.parts().unwrap().action_key;
@@ -596,6 +719,11 @@ mod tests {
             });
             let mut parent = fixture::invocation(self.overlays);
             parent.actions = actions.collect();
+            let wasted = (parent.identity.weak_key(), Arc::new(self.wasted));
+            let worth = Worth {
+                wasted: HashMap::from([wasted]),
+                overhead: self.overhead,
+            };
             let planned = PlannedParent {
                 parent: Arc::new(parent),
                 share: Share::Whole,
@@ -607,6 +735,7 @@ mod tests {
                     disk: self.sources,
                     ..Known::default()
                 },
+                worth,
                 ..Subject::default()
             })
         }
@@ -680,6 +809,106 @@ mod tests {
         assert_eq!(done(&mut plan, third, "prog"), []);
         assert_eq!(plan.awaited().count(), 0);
         assert_eq!(plan.take_unadaptable(), []);
+    }
+
+    #[test]
+    fn what_is_retired_is_awaited_but_not_executed_until_a_client_asks_for_it() {
+        let scene = Scene::default().source("a.c", "new");
+        let scene = scene.action("a.o", &["a.c"], 1);
+        let scene = scene.action("b.o", &["a.c"], 1).wasted(RETIRES);
+        let mut plan = scene.action("c.o", &["a.c"], 1).wasted(RETIRES).plan();
+        let [a, b, c] = ["a.o", "b.o", "c.o"].map(|output| adapted(output, &["a.c"]));
+        assert_eq!(actions(&plan.start(&HashMap::new())), [a]);
+        assert!(plan.awaits(&key(b)), "a client may execute it");
+        assert_eq!(plan.left_out(&key(a)), []);
+        let left_out = |plan: &mut Plan, output| {
+            let verdicts = plan.take_verdicts();
+            match outlook(&verdicts, output) {
+                Outlook::Adapted(adaptation) => adaptation.left_out,
+                other => panic!("{other:?}"),
+            }
+        };
+        assert_eq!(left_out(&mut plan, "b.o"), Some(LeftOut::Retired(RETIRES)));
+        assert_eq!(plan.left_out(&key(b)).len(), 1);
+        let back = plan.judge_anew(Worth::default());
+        assert_eq!(actions(&back), [b, c]);
+        assert_eq!(plan.left_out(&key(b)), []);
+        assert_eq!(left_out(&mut plan, "c.o"), None);
+    }
+
+    #[test]
+    fn what_is_cheap_is_executed_only_if_something_that_waits_for_it_is_worth_it() {
+        let scene = |seconds| {
+            let scene = Scene::default().source("a.c", "new").costing(10);
+            let scene = scene.action("a.o", &["a.c"], 1).wasted(1);
+            scene.action("prog", &["a.o"], seconds).wasted(1).plan()
+        };
+        let compile = adapted("a.o", &["a.c"]);
+        assert_eq!(actions(&scene(100).start(&HashMap::new())), [compile]);
+        let mut cheap = scene(1);
+        assert_eq!(actions(&cheap.start(&HashMap::new())), []);
+        assert_eq!(
+            done(&mut cheap, compile, "a.o"),
+            [],
+            "the client has executed it"
+        );
+        assert!(cheap.awaits(&key(adapted("prog", &["a.o"]))));
+    }
+
+    #[test]
+    fn what_is_retired_is_executed_only_for_what_has_never_been_wasted() {
+        let scene = |wasted| {
+            let scene = Scene::default().source("a.c", "new");
+            let scene = scene.action("a.o", &["a.c"], 1).wasted(RETIRES);
+            scene.action("prog", &["a.o"], 100).wasted(wasted).plan()
+        };
+        let compile = adapted("a.o", &["a.c"]);
+        assert_eq!(actions(&scene(0).start(&HashMap::new())), [compile]);
+        assert_eq!(actions(&scene(1).start(&HashMap::new())), []);
+    }
+
+    /// What was said of the action that writes `output`, last of all.
+    fn outlook(verdicts: &[Verdict], output: &str) -> Outlook {
+        let mut of_it = verdicts
+            .iter()
+            .rev()
+            .filter(|verdict| verdict.base.outputs[0].0 == output);
+        of_it.next().unwrap().outlook.clone()
+    }
+
+    #[test]
+    fn a_plan_tells_what_has_changed_by_what_and_after_what() {
+        let mut plan = chain().plan();
+        let first = adapted("a.i", &["a.c"]);
+        plan.start(&HashMap::new());
+        let verdicts = plan.take_verdicts();
+        let Outlook::Adapted(told) = outlook(&verdicts, "a.i") else {
+            panic!("{verdicts:?}");
+        };
+        assert_eq!(told.key, key(first));
+        let change = told.changes[0].as_ref();
+        assert_eq!((change.path.as_str(), change.by), ("a.c", By::Source));
+        assert_eq!(change.from, Some(digest("old a.c")));
+        assert_eq!(change.to, Some(digest("new a.c")));
+        assert_eq!(change.origin, "/p/a.c");
+        assert!(matches!(outlook(&verdicts, "a.o"), Outlook::Waits(after) if after == [first]));
+
+        done(&mut plan, first, "a.i");
+        let verdicts = plan.take_verdicts();
+        let Outlook::Adapted(told) = outlook(&verdicts, "a.o") else {
+            panic!("{verdicts:?}");
+        };
+        assert_eq!(told.after, [first]);
+        assert_eq!(told.changes[0].by, By::Action);
+        assert!(plan.take_verdicts().is_empty());
+
+        let mut plan = chain().plan();
+        let first = actions(&plan.start(&HashMap::new()))[0];
+        plan.complete(&key(first), Some(Outputs::new()), &HashMap::new());
+        let verdicts = plan.take_verdicts();
+        assert!(
+            matches!(outlook(&verdicts, "a.o"), Outlook::Unadaptable(_, why) if why.contains("a.i"))
+        );
     }
 
     #[test]
@@ -784,6 +1013,18 @@ mod tests {
     }
 
     #[test]
+    fn among_those_that_take_nearly_as_long_the_order_of_the_build_counts() {
+        let mut scene = Scene::default().source("s", "new");
+        for (name, seconds) in [("a", 80), ("b", 50), ("c", 100), ("d", 60), ("e", 90)] {
+            scene = scene.action(name, &["s"], seconds);
+        }
+        let mut plan = scene.plan();
+        let ready = actions(&plan.start(&HashMap::new()));
+        let wanted = ["a", "c", "e", "b", "d"];
+        assert_eq!(ready, wanted.map(|name| adapted(name, &["s"])));
+    }
+
+    #[test]
     fn what_has_the_longest_time_below_it_comes_first() {
         let mut plan = Scene::default()
             .source("s", "new")
@@ -884,6 +1125,7 @@ mod tests {
                 trees: self.trees,
                 commands: HashMap::from([(Digest::of(&self.command), self.command)]),
                 known: self.known,
+                ..Subject::default()
             });
             let ready = plan.start(&HashMap::new());
             (plan, ready)

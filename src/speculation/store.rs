@@ -25,6 +25,7 @@ use super::parent::{
     ActionParent, BaseAction, ExecutedParent, Origin, OverlayTable, Parent, ParentIdentity,
     ParentKind, SubactionKey, WeakKey, action_parts,
 };
+use super::uses::{Prediction, Wasted};
 use crate::cas::{Digest, DigestFunction};
 use crate::reapi::buildstream::v2::speculative_actions::{Overlay, overlay::OverlayType};
 use crate::reapi::primed::store::v1 as proto;
@@ -36,6 +37,8 @@ const PARENTS: TableDefinition<'_, &[u8], &[u8]> = TableDefinition::new("parents
 const ACTIONS: TableDefinition<'_, &[u8], &[u8]> = TableDefinition::new("actions-v1");
 /// Under the weak key: a message as it was imported, until the parent's records change.
 const IMPORTS: TableDefinition<'_, &[u8], &[u8]> = TableDefinition::new("imports-v1");
+/// Under the weak key and the name of a prediction: how many in a row were wasted, one byte.
+const WASTED: TableDefinition<'_, &[u8], &[u8]> = TableDefinition::new("wasted-v1");
 /// Under the path: `FileState`.
 const FILES: TableDefinition<'_, &[u8], &[u8]> = TableDefinition::new("files-v1");
 
@@ -71,6 +74,7 @@ pub struct Store {
     reopen: Reopen,
     /// How many base actions are kept in all.
     max_actions: u64,
+    is_on_disk: bool,
 }
 
 /// Opens the same database again.
@@ -115,13 +119,22 @@ impl KnownParent {
 /// A file with what its metadata were when it was hashed.
 pub type KnownFile = (PathBuf, (FileSignature, Digest));
 
+/// How large the store in `directory` is, in bytes, if there is one.
+pub fn size_on_disk(directory: &Path) -> Option<u64> {
+    let metadata = std::fs::metadata(directory.join(FILE_NAME));
+    metadata.ok().map(|metadata| metadata.len())
+}
+
 impl Store {
     /// Opens the store in `directory`, or one in memory if that cannot be had. Blocks.
     pub fn open(directory: &Path) -> Self {
         match open_file(directory) {
             Ok(database) => {
                 let path = directory.join(FILE_NAME);
-                Store::new(database, Box::new(move || create(&path)))
+                Store {
+                    is_on_disk: true,
+                    ..Store::new(database, Box::new(move || create(&path)))
+                }
             }
             Err(reason) => {
                 tracing::warn!(
@@ -131,6 +144,11 @@ impl Store {
                 Store::in_memory()
             }
         }
+    }
+
+    /// Whether its records outlive the process.
+    pub fn is_on_disk(&self) -> bool {
+        self.is_on_disk
     }
 
     /// A store that lives as long as the process.
@@ -165,6 +183,7 @@ impl Store {
             database: RwLock::new(Some(database)),
             reopen,
             max_actions: MAX_ACTIONS,
+            is_on_disk: false,
         }
     }
 
@@ -216,6 +235,50 @@ impl Store {
                 }
             }
             Ok(parents)
+        })
+    }
+
+    /// How many executions of one parent's predictions in a row were wasted, where any were.
+    ///
+    /// # Errors
+    /// When the store cannot be read.
+    pub fn wasted(&self, key: WeakKey) -> Result<Wasted, StoreError> {
+        self.with(|database| {
+            let read = database.begin_read()?;
+            let Ok(table) = read.open_table(WASTED) else {
+                return Ok(Wasted::new());
+            };
+            let mut wasted = Wasted::new();
+            let (first, last) = range_of(key);
+            for entry in table.range(first.as_slice()..=last.as_slice())? {
+                let (name, count) = entry?;
+                let prediction = name.value().get(key.0.len()..);
+                let prediction = prediction.and_then(|name| name.try_into().ok());
+                if let (Some(prediction), [count]) = (prediction, count.value()) {
+                    wasted.insert(Prediction(prediction), *count);
+                }
+            }
+            Ok(wasted)
+        })
+    }
+
+    /// Replaces them.
+    ///
+    /// # Errors
+    /// When the store cannot be written; it is then as it was.
+    pub fn save_wasted(&self, key: WeakKey, wasted: &Wasted) -> Result<(), StoreError> {
+        self.with(|database| {
+            let write = database.begin_write()?;
+            {
+                let mut table = write.open_table(WASTED)?;
+                let (first, last) = range_of(key);
+                table.retain_in(first.as_slice()..=last.as_slice(), |_, _| false)?;
+                for (prediction, count) in wasted {
+                    let name = [key.0, prediction.0].concat();
+                    table.insert(name.as_slice(), [*count].as_slice())?;
+                }
+            }
+            Ok(write.commit()?)
         })
     }
 
@@ -370,6 +433,7 @@ impl Store {
                 let mut actions = write.open_table(ACTIONS)?;
                 let mut states = write.open_table(FILES)?;
                 let mut imports = write.open_table(IMPORTS)?;
+                let mut wasted = write.open_table(WASTED)?;
                 match import {
                     Some(message) => imports.insert(key.0.as_slice(), message)?,
                     None => imports.remove(key.0.as_slice())?,
@@ -408,6 +472,7 @@ impl Store {
                         actions.retain_in(first.as_slice()..=last.as_slice(), |_, _| false)?;
                         parents.remove(oldest.0.as_slice())?;
                         imports.remove(oldest.0.as_slice())?;
+                        wasted.retain_in(first.as_slice()..=last.as_slice(), |_, _| false)?;
                         dropped.push(oldest);
                     }
                 }

@@ -5,11 +5,18 @@ use std::sync::atomic::AtomicU64;
 
 use tokio::sync::mpsc;
 
+use super::accounting::{Effort, Shortfall};
 use super::activity::Activities;
+use super::budgets::Budgets;
 use super::flights::Flights;
+use super::journal::Planned;
+use super::journal_store::JournalStore;
+use super::labels::Names;
+use super::leftovers::Leftovers;
 use super::parent::WeakKey;
 use super::share::Sharing;
 use super::store::Store;
+use super::uses::Uses;
 use crate::backend::Backend;
 use crate::cas::directories::DirectoryCache;
 use crate::cas::transfer::Cas;
@@ -34,15 +41,37 @@ pub struct Workshop {
     pub sharing: Option<Arc<Sharing>>,
     /// What is under way.
     pub activities: Activities,
+    /// Whether predictions were of use.
+    pub uses: Arc<Uses>,
+    /// What is still executed for builds that are over.
+    pub leftovers: Arc<Leftovers>,
+    /// What priming may spend.
+    pub budgets: Arc<Budgets>,
     /// Base actions that could not be adapted, ever.
     pub unadaptable: Arc<AtomicU64>,
-    /// Told of each result that was primed.
-    pub primed: mpsc::Sender<Primed>,
+    /// The journals of builds that have ended.
+    pub journals: Arc<JournalStore>,
+    /// What actions are called.
+    pub names: Names,
+    /// Told of what is planned and primed.
+    pub news: mpsc::Sender<News>,
 }
 
-/// For whom a result was primed.
-#[derive(Clone, Copy, Debug)]
-pub struct Primed {
+/// What primings tell the engine.
+pub enum News {
+    /// A result was primed for somebody.
+    Primed(Beneficiary),
+    /// Something was planned for somebody.
+    Planned(Beneficiary, Vec<Planned>),
+    /// Adapted actions were uploaded and submitted for somebody, or a build was recorded.
+    Spent(Beneficiary, Effort),
+    /// The journal of the build with this id is written, which shows what was not to be had.
+    Reviewed(String, Shortfall),
+}
+
+/// For whom something is primed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Beneficiary {
     /// The parent.
     pub parent: WeakKey,
     /// Its build, if that has begun.
@@ -54,7 +83,7 @@ impl Workshop {
     /// One without records that shares, before `backend`. Nobody saves what it obtains.
     pub fn sharing(backend: Arc<dyn Backend>) -> Self {
         let (recorder, _) = mpsc::channel(1);
-        let (primed, _) = mpsc::channel(1);
+        let (news, _) = mpsc::channel(1);
         Workshop {
             flights: Flights::new(1),
             cas: Cas::new(backend.clone()),
@@ -62,10 +91,15 @@ impl Workshop {
             directories: DirectoryCache::default(),
             index: Arc::new(FileIndex::with(Vec::new())),
             store: Arc::new(Store::in_memory()),
+            uses: Arc::new(Uses::of(Arc::new(Store::in_memory()))),
+            leftovers: Arc::default(),
+            budgets: Arc::default(),
             sharing: Some(Arc::new(Sharing::new(&recorder))),
             activities: Activities::default(),
             unadaptable: Arc::default(),
-            primed,
+            journals: Arc::new(JournalStore::in_memory()),
+            names: Names::default(),
+            news,
         }
     }
 }

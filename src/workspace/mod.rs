@@ -3,3 +3,4 @@
 pub mod index;
 pub mod peer;
 pub mod process;
+pub mod watch;

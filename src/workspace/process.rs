@@ -110,6 +110,21 @@ impl Process {
         self.parent == other.pid
     }
 
+    /// Whether it is `other`, or `other` is above it. Some microseconds for each ancestor.
+    pub fn descends_from(&self, other: &Process) -> bool {
+        let mut process = self.clone();
+        for _ in 0..MAX_ANCESTORS {
+            if process == *other {
+                return true;
+            }
+            match Process::find(process.parent) {
+                Some(above) => process = above,
+                None => break,
+            }
+        }
+        false
+    }
+
     /// Whose it is.
     pub fn uid(&self) -> Option<u32> {
         use std::os::unix::fs::MetadataExt;
@@ -273,6 +288,8 @@ mod tests {
             .spawn()
             .unwrap();
         let process = Process::find(child.id() as i32).unwrap();
+        let me = Process::find(std::process::id() as i32).unwrap();
+        assert!(process.descends_from(&me) && !me.descends_from(&process));
         let end = process.watch().unwrap();
         assert!(process.is_alive());
         drop(child.stdin.take());

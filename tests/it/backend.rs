@@ -8,6 +8,7 @@
 )]
 
 use std::collections::{BTreeMap, HashMap, HashSet};
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::pin::Pin;
 use std::sync::Arc;
@@ -28,7 +29,11 @@ use primed::reapi::content_addressable_storage_server::{
 use primed::reapi::execution_server::{Execution, ExecutionServer};
 use primed::reapi::google::bytestream::byte_stream_server::{ByteStream, ByteStreamServer};
 use primed::reapi::google::bytestream::{ReadRequest, ReadResponse, WriteRequest, WriteResponse};
-use primed::reapi::google::longrunning::{Operation, operation};
+use primed::reapi::google::longrunning::operations_server::{Operations, OperationsServer};
+use primed::reapi::google::longrunning::{
+    CancelOperationRequest, DeleteOperationRequest, GetOperationRequest, ListOperationsRequest,
+    ListOperationsResponse, Operation, WaitOperationRequest, operation,
+};
 use primed::reapi::google::rpc;
 use prost::Message;
 use tokio::net::{UnixListener, UnixStream};
@@ -56,6 +61,8 @@ pub struct Run {
     /// The time that it was given.
     pub timeout: Option<Duration>,
     pub over: bool,
+    /// Whether whoever asked for it has left before its end.
+    pub left: bool,
 }
 
 /// One lookup that a client asked for.
@@ -83,6 +90,9 @@ pub enum Outcome {
     Failed(Code),
     /// The stream ends well, but the operation never does.
     Cut,
+    /// The stream ends with this gRPC status unless the action is kept open; the operation goes on
+    /// for as long as clients' are held, and has this output.
+    Lost(Code, Bytes),
 }
 
 type Behaviour = dyn Fn(&World, &Run) -> Outcome + Send + Sync;
@@ -94,8 +104,19 @@ pub struct World {
     behaviour: Mutex<Arc<Behaviour>>,
     /// While it is set, the executions that primed began do not end.
     hold: watch::Sender<bool>,
+    /// Those in this range that clients began do not end.
+    held_clients: watch::Sender<Range<usize>>,
     /// Executions of these actions do not end.
     kept_open: watch::Sender<HashSet<Digest>>,
+    /// How many more stages those that run have told of, and how long each of them is.
+    stages: watch::Sender<(usize, usize)>,
+    /// Operations that clients wait for by name, and those that were cancelled.
+    pub waits: Mutex<Vec<String>>,
+    pub cancelled: Mutex<Vec<String>>,
+    /// Whether clients are told that what they execute is queued.
+    pub tells_queued: Mutex<bool>,
+    /// Whether failures are put into the action cache, as buildbox-casd does.
+    pub keeps_failures: Mutex<bool>,
     /// Operations that are done, by name.
     done: watch::Sender<HashMap<String, Operation>>,
     /// While it is set, blobs that primed reads come back damaged.
@@ -124,6 +145,28 @@ impl World {
     /// Whether speculative executions are kept from ending.
     pub fn hold(&self, hold: bool) {
         self.hold.send_replace(hold);
+    }
+
+    /// Whether clients' executions are kept from ending.
+    pub fn hold_clients(&self, hold: bool) {
+        let held = if hold { 0..usize::MAX } else { 0..0 };
+        self.held_clients.send_replace(held);
+    }
+
+    /// Lets those that clients began after the first `count` executions end.
+    pub fn let_end_after(&self, count: usize) {
+        self.held_clients.send_replace(0..count);
+    }
+
+    /// Lets those that clients began among the first `count` executions end.
+    pub fn let_end_before(&self, count: usize) {
+        self.held_clients.send_replace(count..usize::MAX);
+    }
+
+    /// Lets what runs tell of one more stage, in so many bytes. Return to it when that has come.
+    pub fn tell_stage(&self, bytes: usize) {
+        self.stages
+            .send_modify(|(count, size)| (*count, *size) = (*count + 1, bytes));
     }
 
     /// Keeps executions of `action` from ending.
@@ -282,7 +325,13 @@ impl FakeBackend {
             state: Mutex::default(),
             behaviour: Mutex::new(Arc::new(compile)),
             hold: watch::Sender::new(false),
+            held_clients: watch::Sender::new(0..0),
             kept_open: watch::Sender::default(),
+            stages: watch::Sender::default(),
+            waits: Mutex::default(),
+            cancelled: Mutex::default(),
+            tells_queued: Mutex::new(false),
+            keeps_failures: Mutex::new(true),
             done: watch::Sender::default(),
             damage: Mutex::new(false),
             takes_updates: Mutex::new(false),
@@ -310,6 +359,7 @@ impl FakeBackend {
                 .add_service(ActionCacheServer::new(service.clone()))
                 .add_service(ByteStreamServer::new(service.clone()))
                 .add_service(ExecutionServer::new(service.clone()))
+                .add_service(OperationsServer::new(service.clone()))
                 .add_service(
                     ContentAddressableStorageServer::new(service)
                         .max_decoding_message_size(MAX_MESSAGE),
@@ -346,6 +396,7 @@ impl FakeBackend {
 impl Drop for FakeBackend {
     fn drop(&mut self) {
         self.world.hold(false);
+        self.world.hold_clients(false);
         self.world.kept_open.send_modify(HashSet::clear);
         drop(self.stop.take());
         if let Some(thread) = self.thread.take() {
@@ -635,6 +686,7 @@ impl Execution for Service {
                 .unwrap_or_default(),
             timeout,
             over: false,
+            left: false,
         };
         let index = world.begin(run.clone());
         let behaviour = world.behaviour.lock().clone();
@@ -646,8 +698,12 @@ impl Execution for Service {
         // As with real backends, a dropped stream does not stop the action.
         primed::task::spawn("execution", async move {
             let name = format!("operation-{index}");
+            let told = match !speculative && *world.tells_queued.lock() {
+                true => execution_stage::Value::Queued,
+                false => execution_stage::Value::Executing,
+            };
             let stage = ExecuteOperationMetadata {
-                stage: execution_stage::Value::Executing as i32,
+                stage: told as i32,
                 action_digest: Some(action.to_proto()),
                 ..ExecuteOperationMetadata::default()
             };
@@ -661,7 +717,52 @@ impl Execution for Service {
                 let _ = world.hold.subscribe().wait_for(|hold| !hold).await;
             }
             let mut kept_open = world.kept_open.subscribe();
-            let _ = kept_open.wait_for(|open| !open.contains(&action)).await;
+            if let Outcome::Lost(code, _) = behaviour(&world, &run) {
+                let _ = kept_open.wait_for(|open| !open.contains(&action)).await;
+                let _ = operations.send(Err(Status::new(code, "lost"))).await;
+            }
+            let mut held = world.held_clients.subscribe();
+            let let_end = async {
+                let _ = kept_open.wait_for(|open| !open.contains(&action)).await;
+                let ends = |held: &Range<usize>| speculative || !held.contains(&index);
+                let _ = held.wait_for(ends).await;
+            };
+            let mut stages = world.stages.subscribe();
+            let tell_stages = async {
+                let mut told = stages.borrow().0;
+                loop {
+                    let Ok(now) = stages
+                        .wait_for(|(count, _)| *count > told)
+                        .await
+                        .as_deref()
+                        .copied()
+                    else {
+                        std::future::pending().await
+                    };
+                    told += 1;
+                    let stage = ExecuteOperationMetadata {
+                        stage: execution_stage::Value::Executing as i32,
+                        stdout_stream_name: format!("{told:0>size$}", size = now.1),
+                        ..ExecuteOperationMetadata::default()
+                    };
+                    let operation = Operation {
+                        name: name.clone(),
+                        metadata: Some(any("ExecuteOperationMetadata", &stage)),
+                        ..Operation::default()
+                    };
+                    let _ = operations.send(Ok(operation)).await;
+                }
+            };
+            let see_leaving = async {
+                operations.closed().await;
+                world.state.lock().runs[index].left = true;
+                std::future::pending::<()>().await;
+            };
+            tokio::select! {
+                () = let_end => {}
+                () = tell_stages => {}
+                () = see_leaving => {}
+            }
             let response = match behaviour(&world, &run) {
                 Outcome::Output(output) => {
                     let path = command
@@ -673,6 +774,10 @@ impl Execution for Service {
                         ..ExecuteResponse::default()
                     })
                 }
+                Outcome::Lost(_, output) => Some(ExecuteResponse {
+                    result: Some(world.finish(&run, vec![("lost".to_owned(), output)])),
+                    ..ExecuteResponse::default()
+                }),
                 Outcome::Files(files) => Some(ExecuteResponse {
                     result: Some(world.finish(&run, files)),
                     ..ExecuteResponse::default()
@@ -683,7 +788,9 @@ impl Execution for Service {
                         stderr_raw: "as the test wants it".into(),
                         ..ActionResult::default()
                     };
-                    world.keep(&run, result.clone());
+                    if *world.keeps_failures.lock() {
+                        world.keep(&run, result.clone());
+                    }
                     Some(ExecuteResponse {
                         result: Some(result),
                         ..ExecuteResponse::default()
@@ -700,20 +807,22 @@ impl Execution for Service {
                 }
                 Outcome::Cut => None,
             };
-            world.state.lock().runs[index].over = true;
-            if let Some(response) = response {
-                let done = Operation {
-                    name,
-                    metadata: None,
-                    done: true,
-                    result: Some(operation::Result::Response(any(
-                        "ExecuteResponse",
-                        &response,
-                    ))),
-                };
+            let done = response.map(|response| Operation {
+                name,
+                metadata: None,
+                done: true,
+                result: Some(operation::Result::Response(any(
+                    "ExecuteResponse",
+                    &response,
+                ))),
+            });
+            if let Some(done) = &done {
                 world.done.send_modify(|all| {
                     all.insert(done.name.clone(), done.clone());
                 });
+            }
+            world.state.lock().runs[index].over = true;
+            if let Some(done) = done {
                 let _ = operations.send(Ok(done)).await;
             }
         });
@@ -725,6 +834,19 @@ impl Execution for Service {
         request: Request<WaitExecutionRequest>,
     ) -> Result<Response<BoxStream<Operation>>, Status> {
         let name = request.into_inner().name;
+        self.0.waits.lock().push(name.clone());
+        let index: Option<usize> = name.strip_prefix("operation-").and_then(|n| n.parse().ok());
+        let is_over = |index: usize| {
+            self.0
+                .state
+                .lock()
+                .runs
+                .get(index)
+                .is_none_or(|run| run.over)
+        };
+        if index.is_none_or(is_over) && !self.0.done.borrow().contains_key(&name) {
+            return Err(Status::not_found("no such operation"));
+        }
         let mut done = self.0.done.subscribe();
         let (operations, stream) = mpsc::channel(4);
         primed::task::spawn("waiting", async move {
@@ -740,6 +862,45 @@ impl Execution for Service {
             }
         });
         Ok(Response::new(Box::pin(ReceiverStream::new(stream))))
+    }
+}
+
+#[async_trait]
+impl Operations for Service {
+    async fn cancel_operation(
+        &self,
+        request: Request<CancelOperationRequest>,
+    ) -> Result<Response<()>, Status> {
+        self.0.cancelled.lock().push(request.into_inner().name);
+        Ok(Response::new(()))
+    }
+
+    async fn list_operations(
+        &self,
+        _: Request<ListOperationsRequest>,
+    ) -> Result<Response<ListOperationsResponse>, Status> {
+        Err(Status::unimplemented(""))
+    }
+
+    async fn get_operation(
+        &self,
+        _: Request<GetOperationRequest>,
+    ) -> Result<Response<Operation>, Status> {
+        Err(Status::unimplemented(""))
+    }
+
+    async fn delete_operation(
+        &self,
+        _: Request<DeleteOperationRequest>,
+    ) -> Result<Response<()>, Status> {
+        Err(Status::unimplemented(""))
+    }
+
+    async fn wait_operation(
+        &self,
+        _: Request<WaitOperationRequest>,
+    ) -> Result<Response<Operation>, Status> {
+        Err(Status::unimplemented(""))
     }
 }
 

@@ -25,6 +25,7 @@ fn primed(variables: &[(&str, &str)], arguments: &[&str]) -> Output {
     Primed::command()
         .env_remove("XDG_RUNTIME_DIR")
         .env_remove("XDG_STATE_HOME")
+        .env_remove("XDG_CACHE_HOME")
         .env_remove("HOME")
         .envs(variables.iter().copied())
         .args(arguments)
@@ -57,7 +58,10 @@ fn an_address_that_is_none_is_a_usage_error_that_shows_the_forms() {
 
 #[test]
 fn arguments_that_are_missing_or_unknown_are_usage_errors_that_name_them() {
-    assert_fails(&primed(&[], &["serve"]), 64, &["--upstream"]);
+    let runtime_dir = [("XDG_RUNTIME_DIR", "/nonexistent")];
+    let serve = ["serve", "--state-dir", "/nonexistent"];
+    let no_cache = primed(&runtime_dir, &serve);
+    assert_fails(&no_cache, 64, &["XDG_CACHE_HOME", "--cache-dir"]);
     assert_fails(&primed(&[], &[]), 64, &["serve", "status", "wait"]);
     assert_fails(&primed(&[], &["sevre"]), 64, &["sevre"]);
     let serve = |flag, value| primed(&[], &["serve", "--upstream", NOBODY, flag, value]);
@@ -443,7 +447,14 @@ fn status_in_json_has_the_keys_that_scripts_rely_on_in_every_mode() {
         let status = primed.status();
         assert_eq!(
             keys(&status),
-            BTreeSet::from(["version", "upstream", "records", "speculation", "builds"])
+            BTreeSet::from([
+                "version",
+                "upstream",
+                "records",
+                "speculation",
+                "totals",
+                "builds"
+            ])
         );
         assert_eq!(status["version"], env!("CARGO_PKG_VERSION"));
         assert_eq!(
@@ -457,11 +468,29 @@ fn status_in_json_has_the_keys_that_scripts_rely_on_in_every_mode() {
         );
         assert_eq!(
             keys(&status["speculation"]),
-            BTreeSet::from(["queued", "running", "completed", "failed", "unadaptable"])
+            BTreeSet::from([
+                "queued",
+                "running",
+                "completed",
+                "failed",
+                "unadaptable",
+                "slots",
+                "width",
+                "cancelled",
+                "gave_way",
+                "retired",
+                "cheap",
+                "over_budget",
+                "clients",
+                "flights"
+            ])
         );
         for count in ["queued", "running", "completed", "failed", "unadaptable"] {
             assert_eq!(status["speculation"][count], 0);
         }
+        assert!(status["speculation"]["slots"].as_u64().unwrap() >= 1);
+        assert_eq!(status["speculation"]["clients"], 0);
+        assert_eq!(status["speculation"]["flights"], Value::Array(vec![]));
         assert_eq!(status["builds"], Value::Array(vec![]));
     }
 }

@@ -25,7 +25,8 @@ use primed::reapi::action_cache_client::ActionCacheClient;
 use primed::reapi::build::bazel::remote::execution::v2::*;
 use primed::reapi::content_addressable_storage_client::ContentAddressableStorageClient;
 use primed::reapi::execution_client::ExecutionClient;
-use primed::reapi::google::longrunning::{Operation, operation};
+use primed::reapi::google::longrunning::operations_client::OperationsClient;
+use primed::reapi::google::longrunning::{CancelOperationRequest, Operation, operation};
 use prost::Message;
 use tonic::codegen::http::Uri;
 use tonic::metadata::MetadataValue;
@@ -70,6 +71,8 @@ pub struct Build {
     channel: Channel,
     workspace: PathBuf,
     metadata: MetadataValue<tonic::metadata::Binary>,
+    /// What it says to be let in.
+    authorization: Option<&'static str>,
     pub instance: String,
     pub digest_function: DigestFunction,
 }
@@ -115,9 +118,15 @@ impl Build {
             channel,
             workspace: workspace.to_owned(),
             metadata: MetadataValue::from_bytes(&metadata.encode_to_vec()),
+            authorization: None,
             instance: String::new(),
             digest_function: DigestFunction::Sha256,
         }
+    }
+
+    pub fn authorized(mut self, authorization: &'static str) -> Self {
+        self.authorization = Some(authorization);
+        self
     }
 
     pub fn on_instance(mut self, instance: &str) -> Self {
@@ -150,6 +159,10 @@ impl Build {
         request
             .metadata_mut()
             .insert_bin(key, self.metadata.clone());
+        if let Some(authorization) = self.authorization {
+            let value = MetadataValue::from_static(authorization);
+            request.metadata_mut().insert("authorization", value);
+        }
         request
     }
 
@@ -279,6 +292,14 @@ impl Build {
             .wait_execution(request)
             .await?;
         Ok(answer.into_inner())
+    }
+
+    /// Asks for an execution to be cancelled.
+    pub async fn cancel(&self, operation: &str) {
+        let name = operation.to_owned();
+        let request = self.request(CancelOperationRequest { name });
+        let mut client = OperationsClient::new(self.channel.clone());
+        client.cancel_operation(request).await.unwrap();
     }
 
     /// Asks whether the outputs of `result` are still there, as buildbox-casd does when it has

@@ -37,12 +37,12 @@ use crate::support::{Casd, Daemon, PATIENCE, Primed, scratch, wait_until};
 
 /// A compiler that finds out what a file includes at once, and compiles only while its gate is
 /// open.
-struct GatedCompiler {
+pub struct GatedCompiler {
     directory: PathBuf,
 }
 
 impl GatedCompiler {
-    fn install(directory: &Path) -> Self {
+    pub fn install(directory: &Path) -> Self {
         let directory = directory.join("bin");
         std::fs::create_dir(&directory).unwrap();
         std::fs::write(directory.join("closed"), "").unwrap();
@@ -61,12 +61,12 @@ impl GatedCompiler {
         GatedCompiler { directory }
     }
 
-    fn path(&self) -> String {
+    pub fn path(&self) -> String {
         let path = std::env::var("PATH").unwrap();
         format!("{}:{path}", self.directory.display())
     }
 
-    fn compiling(&self) -> usize {
+    pub fn compiling(&self) -> usize {
         let names = std::fs::read_dir(&self.directory).unwrap();
         let names = names.map(|entry| entry.unwrap().file_name());
         names
@@ -74,7 +74,7 @@ impl GatedCompiler {
             .count()
     }
 
-    fn open(&self) {
+    pub fn open(&self) {
         std::fs::remove_file(self.directory.join("closed")).unwrap();
     }
 }

@@ -230,6 +230,44 @@ async fn a_clients_execution_joins_the_one_in_flight_and_sees_its_stages() {
 }
 
 #[tokio::test]
+async fn to_a_clients_execution_that_is_told_to_be_queued_others_give_way() {
+    let stage = Stage::built(&CAP).await;
+    let build = stage.begin_held(UNITS).await;
+    let world = &stage.backend.world;
+    let unforeseen = build.action(Recipe {
+        command: "compile otherwise",
+        inputs: &["src/0.c"],
+        output: "out/otherwise.o",
+        ..Recipe::default()
+    });
+    build.upload(&unforeseen).await;
+    world.hold_clients(true);
+    *world.tells_queued.lock() = true;
+    let mut operations = build.execute(unforeseen.digest, false).await.unwrap();
+    operations.message().await.unwrap().unwrap();
+    // One, and as it is of no avail, another.
+    let gave_way = || stage.primed.status()["speculation"]["gave_way"].as_u64();
+    stage.until("two give way", || gave_way() >= Some(2)).await;
+    assert!(world.cancelled.lock().len() >= 2);
+    // Once a worker has it, no more do.
+    world.tell_stage(1);
+    world.hold_clients(false);
+    world.hold(false);
+    assert!(operations.message().await.unwrap().is_some());
+    let is_quiet = || {
+        let speculation = &stage.primed.status()["speculation"];
+        [&speculation["queued"], &speculation["running"]] == [0, 0]
+    };
+    stage.until("all is executed", is_quiet).await;
+    for unit in 0..UNITS {
+        let action = compile_of(&build, unit);
+        assert_eq!(build.lookup(action.digest).await.unwrap().exit_code, 0);
+    }
+    assert_eq!(stage.primed.status()["speculation"]["failed"], 0);
+    build.end();
+}
+
+#[tokio::test]
 async fn a_lookup_waits_for_what_is_in_flight_and_hits() {
     let stage = Stage::built(&CAP).await;
     let build = stage.begin_held(UNITS).await;

@@ -4,7 +4,7 @@
 use tempfile::TempDir;
 
 use crate::project::{FEW, Project, UNITS};
-use crate::support::{Casd, Counts, Primed, scratch, tool};
+use crate::support::{Casd, Counts, Primed, scratch, tool, wait_until};
 
 /// What may be missed before a miss has taught anything: make runs two compiles at a time.
 const FIRST_MISSES: u64 = 4;
@@ -40,6 +40,37 @@ impl Stage {
         let status = stage.primed.status();
         assert_eq!(status["builds"][0]["label"], "recc", "it shows no place");
         stage
+    }
+
+    /// Saving a file primes.
+    fn watching() -> Self {
+        let scratch = scratch();
+        let casd = Casd::start(scratch.path(), 4);
+        let primed = Primed::start_with(scratch.path(), &casd.address(), &["--watch"]);
+        let server = primed.address();
+        let stage = Stage::begin(scratch, casd, primed, &server, &[]);
+        wait_until("the sources are watched", || stage.watched() > 0);
+        stage
+    }
+
+    /// How many directories are watched.
+    fn watched(&self) -> u64 {
+        let status = self.primed.status();
+        status["watch"]["directories"].as_u64().unwrap_or_default()
+    }
+
+    /// How often it was seen that something was saved.
+    fn saves(&self) -> usize {
+        let log = self.primed.daemon.log();
+        log.matches("a source file was saved").count()
+    }
+
+    /// How many speculative actions have run.
+    fn completed(&self) -> u64 {
+        let status = self.primed.status();
+        status["speculation"]["completed"]
+            .as_u64()
+            .unwrap_or_default()
     }
 
     /// Its client and its backend hash with `function`.
@@ -216,6 +247,85 @@ fn records_survive_a_restart() {
     let counts = stage.rebuild();
     stage.assert_primed(counts, 1, ALL - 1);
     assert_eq!(stage.project.run(), sum(2, 1));
+}
+
+#[test]
+fn a_build_that_does_something_else_than_foreseen_is_soon_left_alone() {
+    let number = "RECC_REMOTE_ENV_BUILD_NUMBER";
+    let mut stage = Stage::set(&[(number, "1")]);
+    stage.project = stage.project.with(number, "2");
+    stage.common(2);
+    let counts = stage.rebuild();
+    let shown = format!("{counts:?}\n{}", stage.primed.daemon.log());
+    assert_eq!(counts.missed, ALL, "{shown}");
+    assert!(shown.contains("what is queued is held back"), "{shown}");
+    assert!(counts.primed < ALL - 1, "{shown}");
+
+    // The next one is as foreseen again.
+    stage.common(3);
+    let counts = stage.rebuild();
+    stage.assert_primed(counts, 1, ALL - 1);
+    assert_eq!(stage.project.run(), sum(3, 1));
+}
+
+#[test]
+fn with_watch_a_saved_header_is_primed_before_anybody_builds() {
+    let mut stage = Stage::watching();
+    for value in [2, 3] {
+        stage.common(value);
+        // All that include it, and the link.
+        let landed = || stage.completed() == ALL - 1;
+        wait_until("what was saved is primed", landed);
+        let builds = stage.primed.status()["builds"].clone();
+        stage.project.rebuild();
+        let counts = stage.counts();
+        stage.assert_primed(counts, 1, ALL - 1);
+        let shown = format!("{counts:?}, after {builds}");
+        assert_eq!((counts.hit, counts.joined), (ALL - 1, 0), "{shown}");
+        assert_eq!(stage.project.run(), sum(value, 1));
+        let explained = stage.primed.ask(&["explain", "unit7.o"]);
+        let explained = String::from_utf8(explained.stdout).unwrap();
+        assert!(explained.contains("a source file was saved"), "{explained}");
+
+        // What was recorded before it began is watched, too.
+        stage.primed = stage
+            .primed
+            .restart_with(&stage.casd.address(), &["--watch"]);
+        wait_until("the sources are watched", || stage.watched() > 0);
+    }
+}
+
+#[test]
+fn with_watch_what_is_saved_again_takes_the_place_of_what_was_saved_before() {
+    let stage = Stage::watching();
+    stage.common(2);
+    let begun = || stage.completed() > 0;
+    wait_until("what was saved is being primed", begun);
+    stage.common(3);
+    let seen = || stage.saves() == 2;
+    wait_until("it is seen again", seen);
+    stage.primed.wait();
+    let counts = stage.rebuild();
+    let shown = format!("{counts:?}\n{}", stage.primed.daemon.log());
+    assert_eq!((counts.missed, counts.cached), (0, 1), "{shown}");
+    assert_eq!((counts.hit, counts.used), (ALL - 1, ALL - 1), "{shown}");
+    assert!(
+        counts.primed > ALL - 1,
+        "the first ones count as well: {shown}"
+    );
+    assert_eq!(stage.project.run(), sum(3, 1));
+}
+
+#[test]
+fn with_watch_a_file_that_is_saved_as_it_was_primes_nothing() {
+    let stage = Stage::watching();
+    stage.common(1);
+    let seen = || stage.saves() == 1;
+    wait_until("it is seen", seen);
+    stage.primed.wait();
+    assert_eq!(stage.completed(), 0);
+    let counts = stage.rebuild();
+    stage.assert_primed(counts, ALL, 0);
 }
 
 #[test]

@@ -8,6 +8,7 @@
     reason = "a test that cannot set the stage fails"
 )]
 
+use std::future::poll_fn;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -19,9 +20,10 @@ use http::{HeaderMap, Response};
 use primed::backend::remote::Remote;
 use primed::backend::upstream::{Routes, Upstream as WayUpstream};
 use primed::cas::Digest;
-use primed::config::{Mode, Patience};
+use primed::config::{BudgetLimits, Mode, Patience};
 use primed::grpc::{Framed, framed, split_message};
-use primed::proxy::{Capabilities, Client, Proxy, Reply};
+use primed::http2::connection::Connection;
+use primed::proxy::{Capabilities, Client, Joining, Proxy};
 use primed::reapi::google::longrunning::{Operation, operation};
 use primed::reapi::{
     ActionResult, ExecuteRequest, ExecuteResponse, GetActionResultRequest, OutputFile,
@@ -30,6 +32,7 @@ use primed::reapi::{
 use primed::speculation::Engine;
 use primed::speculation::engine::{EngineParts, engine};
 use primed::speculation::flights::{FlightKey, Flights, Urgency};
+use primed::speculation::journal_store::JournalStore;
 use primed::speculation::store::Store;
 use primed::task;
 use primed::workspace::peer::{Peer, PeerOrigin};
@@ -52,7 +55,7 @@ const UNKNOWN: [u8; 3] = [0xf8, 0x3f, 7];
 struct Stage {
     upstream: Upstream,
     client: SendRequest<Bytes>,
-    engine: Engine,
+    engine: Arc<Engine>,
     _scratch: TempDir,
 }
 
@@ -79,7 +82,10 @@ impl Stage {
             backend: Arc::new(Remote::new(WayUpstream::new(routes.clone()))),
             flights: Flights::new(1),
             store: Arc::new(Store::in_memory()),
+            journals: Arc::new(JournalStore::in_memory()),
             share: false,
+            budgets: BudgetLimits::default(),
+            watch: false,
         });
         task::spawn("engine", async move {
             match engine_is {
@@ -94,6 +100,7 @@ impl Stage {
             upstream: WayUpstream::new(routes),
             capabilities,
             engine: Some(handle.clone()),
+            joining: Joining::new(None),
         });
         let socket = scratch.path().join("primed.sock");
         let listener = UnixListener::bind(&socket).unwrap();
@@ -101,10 +108,9 @@ impl Stage {
             let (stream, _) = listener.accept().await.unwrap();
             let origin = PeerOrigin::Local { pid: None, uid: 0 };
             let client = Client::new(Arc::new(Peer::new(origin)));
-            let mut connection = h2::server::handshake(stream).await.unwrap();
-            while let Some(Ok((request, reply))) = connection.accept().await {
-                proxy.serve(&client, request, Reply::Due(reply));
-            }
+            let mut connection = Connection::server(stream, 100);
+            let serve = |request| proxy.serve(&client, request);
+            poll_fn(|cx| connection.poll(cx, serve)).await
         });
         Stage {
             upstream,

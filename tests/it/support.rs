@@ -251,7 +251,14 @@ impl Primed {
         primed
     }
 
-    /// The command under test, with nothing set in its environment.
+    /// Starts one that is its own backend.
+    pub fn embedded(directory: &Path, arguments: &[&str]) -> Self {
+        let cache = directory.join("cache");
+        let own = ["--cache-dir", cache.to_str().unwrap()];
+        Primed::start_with(directory, "embedded", &[&own[..], arguments].concat())
+    }
+
+    /// The command under test, with nothing set in its environment and no configuration file.
     pub fn command() -> Command {
         let mut command = Command::new(env!("CARGO_BIN_EXE_primed"));
         for (name, _) in std::env::vars_os() {
@@ -259,6 +266,7 @@ impl Primed {
                 command.env_remove(name);
             }
         }
+        command.env("PRIMED_CONFIG", "none");
         command
     }
 
@@ -299,13 +307,17 @@ impl Primed {
 
     /// Stops it in good order and starts it again.
     pub fn restart(self, upstream: &str) -> Self {
+        self.restart_with(upstream, &[])
+    }
+
+    pub fn restart_with(self, upstream: &str, arguments: &[&str]) -> Self {
         let Primed {
             mut daemon,
             directory,
         } = self;
         daemon.signal(rustix::process::Signal::TERM);
         assert_eq!(daemon.exit_code(), Some(0), "{}", daemon.log());
-        Primed::start(&directory, upstream)
+        Primed::start_with(&directory, upstream, arguments)
     }
 }
 

@@ -128,5 +128,7 @@ async fn a_client_joins_what_is_primed_under_its_digest_function() {
     build.end();
     stage.primed.wait();
     let counts = stage.counts();
-    assert_eq!((counts.missed, counts.joined), (0, 1), "{counts:?}");
+    // The others may have been about to end when the build came to them.
+    assert_eq!(counts.missed, 0, "{counts:?}");
+    assert!(counts.joined >= 1, "{counts:?}");
 }

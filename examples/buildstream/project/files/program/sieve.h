@@ -1,0 +1,6 @@
+#include <program-limits.h>
+
+extern char composite[LIMIT];
+
+void sieve(void);
+int count(void);

@@ -1,0 +1,741 @@
+//! Both ends of a connection against `h2`, against each other, and against frames by hand.
+
+use std::future::poll_fn;
+
+use bytes::Bytes;
+use http::uri::{Authority, PathAndQuery, Scheme};
+use http::{HeaderName, HeaderValue, Method, StatusCode};
+use tokio::io::{AsyncReadExt, AsyncWriteExt, DuplexStream, duplex};
+use tokio::sync::mpsc;
+
+use super::SEND_BUFFER;
+use super::connection::{Calls, Connection, Request};
+use super::fields::Fields;
+use super::frame::{self, FrameHeader, PREFACE, Reason, flag, kind};
+use super::hpack::Pseudo;
+use super::stream::{AnswerHead, Incoming, Load, Outgoing, StreamError};
+use crate::task;
+
+const PIPE: usize = 64 * 1024;
+
+fn fields(pairs: &[(&'static str, &'static str)]) -> Fields {
+    let pair = |(name, value): &(&'static str, &'static str)| {
+        (
+            HeaderName::from_static(name),
+            HeaderValue::from_static(value),
+        )
+    };
+    pairs.iter().map(pair).collect()
+}
+
+fn post(path: &'static str) -> Pseudo {
+    let authority = Authority::from_static("localhost");
+    let path = PathAndQuery::from_static(path);
+    Pseudo::Request(Box::new((Method::POST, Scheme::HTTP, authority, path)))
+}
+
+/// Carries a server's end. Its calls come out of the channel.
+fn serve(io: DuplexStream, max_streams: u32) -> mpsc::Receiver<Request> {
+    let (sender, calls) = mpsc::channel(1000);
+    let mut connection = Connection::server(io, max_streams);
+    task::spawn("server", async move {
+        poll_fn(|cx| connection.poll(cx, |call| drop(sender.try_send(call)))).await
+    });
+    calls
+}
+
+fn call_on(io: DuplexStream) -> Calls {
+    let (calls, mut connection) = Connection::client(io);
+    task::spawn("client", async move {
+        poll_fn(|cx| connection.poll(cx, drop)).await
+    });
+    calls
+}
+
+/// Sends back what comes, with its length as a trailer.
+async fn echo(request: Request) {
+    let Request {
+        mut body,
+        mut reply,
+        ..
+    } = request;
+    let head = AnswerHead {
+        status: StatusCode::OK,
+        headers: fields(&[("content-type", "application/grpc")]),
+    };
+    reply.answer(head, false).unwrap();
+    let mut size = 0;
+    while let Some(chunk) = poll_fn(|cx| body.poll_data(cx)).await {
+        let mut chunk = chunk.unwrap();
+        size += chunk.len();
+        if poll_fn(|cx| reply.poll_send(cx, &mut chunk, false))
+            .await
+            .is_err()
+        {
+            return;
+        }
+    }
+    let size = HeaderValue::from(size);
+    let trailers = Fields::from_iter([(HeaderName::from_static("x-size"), size)]);
+    reply.end(trailers).unwrap();
+}
+
+fn serve_echoes(io: DuplexStream) {
+    let mut calls = serve(io, 100);
+    task::spawn("echoes", async move {
+        while let Some(call) = calls.recv().await {
+            task::spawn("echo", echo(call));
+        }
+    });
+}
+
+/// An echo server of `h2`.
+fn serve_echoes_of_h2(io: DuplexStream) {
+    task::spawn("h2", async move {
+        let mut builder = h2::server::Builder::new();
+        builder
+            .max_concurrent_streams(3)
+            .initial_window_size(10_000);
+        let mut connection = builder.handshake::<_, Bytes>(io).await.unwrap();
+        while let Some(Ok((request, mut respond))) = connection.accept().await {
+            task::spawn("h2 call", async move {
+                let mut body = request.into_body();
+                let mut reply = respond
+                    .send_response(http::Response::new(()), false)
+                    .unwrap();
+                let mut size = 0;
+                while let Some(Ok(chunk)) = body.data().await {
+                    let _ = body.flow_control().release_capacity(chunk.len());
+                    size += chunk.len();
+                    reply.send_data(chunk, false).unwrap();
+                }
+                let mut trailers = http::HeaderMap::new();
+                trailers.insert("x-size", size.into());
+                reply.send_trailers(trailers).unwrap();
+            });
+        }
+    });
+}
+
+async fn read_all(body: &mut Incoming) -> Result<(Vec<u8>, Option<Fields>), StreamError> {
+    let mut read = Vec::new();
+    while let Some(chunk) = poll_fn(|cx| body.poll_data(cx)).await {
+        read.extend_from_slice(&chunk?);
+    }
+    let trailers = poll_fn(|cx| body.poll_trailers(cx)).await?;
+    Ok((read, trailers))
+}
+
+async fn send_all(out: &mut Outgoing, data: &[u8], pieces: usize) {
+    let pieces: Vec<&[u8]> = data.chunks(pieces.max(1)).collect();
+    for (place, piece) in pieces.iter().enumerate() {
+        let mut piece = Bytes::copy_from_slice(piece);
+        let last = place + 1 == pieces.len();
+        poll_fn(|cx| out.poll_send(cx, &mut piece, last))
+            .await
+            .unwrap();
+    }
+    if pieces.is_empty() {
+        poll_fn(|cx| out.poll_send(cx, &mut Bytes::new(), true))
+            .await
+            .unwrap();
+    }
+}
+
+/// Makes calls with bodies of random sizes, several at a time.
+async fn make_random_calls(calls: Calls, seed: u64) {
+    let mut random = fastrand::Rng::with_seed(seed);
+    for _ in 0..20 {
+        let at_a_time: Vec<_> = (0..random.usize(1..8))
+            .map(|_| {
+                let longest = [1, 100, 20_000, 600_000][random.usize(..4)];
+                let size = random.usize(..longest);
+                let data: Vec<u8> = (0..size).map(|_| random.u8(..)).collect();
+                let pieces = random.usize(1..100_000).max(size / 50);
+                let calls = calls.clone();
+                task::spawn("call", async move {
+                    let headers = fields(&[("te", "trailers"), ("x-one", "two")]);
+                    let (mut body, mut out) = calls.begin(post("/echo"), headers, false).unwrap();
+                    let sending = send_all(&mut out, &data, pieces);
+                    let reading = async {
+                        let head = poll_fn(|cx| body.poll_head(cx)).await.unwrap();
+                        assert_eq!(head.status, Some(StatusCode::OK));
+                        read_all(&mut body).await.unwrap()
+                    };
+                    let ((), (read, trailers)) = tokio::join!(sending, reading);
+                    assert!(read == data);
+                    let size = trailers.unwrap().iter().next().unwrap().1.clone();
+                    assert_eq!(size, data.len().to_string());
+                })
+            })
+            .collect();
+        for call in at_a_time {
+            assert!(call.await.unwrap().is_some(), "a call failed");
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_client_and_a_server_understand_each_other() {
+    let (near, far) = duplex(PIPE);
+    serve_echoes(far);
+    make_random_calls(call_on(near), 1).await;
+}
+
+#[tokio::test]
+async fn a_server_of_h2_understands_the_client_and_limits_its_streams_and_windows() {
+    let (near, far) = duplex(PIPE);
+    serve_echoes_of_h2(far);
+    make_random_calls(call_on(near), 2).await;
+}
+
+#[tokio::test]
+async fn a_client_of_h2_understands_the_server() {
+    for (seed, window) in [(3, 65_535), (4, 1000), (5, 1 << 20)] {
+        let (near, far) = duplex(PIPE);
+        serve_echoes(far);
+        let mut builder = h2::client::Builder::new();
+        builder.initial_window_size(window).max_frame_size(20_000);
+        let (client, connection) = builder.handshake::<_, Bytes>(near).await.unwrap();
+        task::spawn("client", connection);
+        let mut random = fastrand::Rng::with_seed(seed);
+        for _ in 0..20 {
+            let data: Vec<u8> = (0..random.usize(..200_000))
+                .map(|_| random.u8(..))
+                .collect();
+            let request = http::Request::post("http://localhost/echo")
+                .body(())
+                .unwrap();
+            let mut ready = client.clone().ready().await.unwrap();
+            let (response, mut out) = ready.send_request(request, false).unwrap();
+            out.send_data(data.clone().into(), true).unwrap();
+            let mut body = response.await.unwrap().into_body();
+            let mut read = Vec::new();
+            while let Some(chunk) = body.data().await {
+                let chunk = chunk.unwrap();
+                body.flow_control().release_capacity(chunk.len()).unwrap();
+                read.extend_from_slice(&chunk);
+            }
+            assert!(read == data);
+            let trailers = body.trailers().await.unwrap().unwrap();
+            assert_eq!(trailers["x-size"], data.len().to_string());
+        }
+    }
+}
+
+/// A peer that writes frames by hand.
+struct Peer(DuplexStream);
+
+#[derive(Debug)]
+struct Seen {
+    header: FrameHeader,
+    payload: Vec<u8>,
+}
+
+impl Seen {
+    fn code(&self) -> Reason {
+        let at = if self.header.kind == kind::GOAWAY {
+            4
+        } else {
+            0
+        };
+        Reason(u32::from_be_bytes(
+            self.payload[at..at + 4].try_into().unwrap(),
+        ))
+    }
+}
+
+impl Peer {
+    /// A client of a server, whose calls come out of the channel.
+    async fn of_server() -> (Self, mpsc::Receiver<Request>) {
+        let (near, far) = duplex(PIPE);
+        let calls = serve(far, 10);
+        let mut peer = Peer(near);
+        peer.0.write_all(PREFACE).await.unwrap();
+        peer.send(kind::SETTINGS, 0, 0, &[]).await;
+        (peer, calls)
+    }
+
+    /// A server of a client.
+    async fn of_client() -> (Self, Calls) {
+        let (near, far) = duplex(PIPE);
+        let calls = call_on(far);
+        let mut peer = Peer(near);
+        let mut preface = [0; 24];
+        peer.0.read_exact(&mut preface).await.unwrap();
+        assert_eq!(preface, *PREFACE);
+        peer.send(kind::SETTINGS, 0, 0, &[]).await;
+        (peer, calls)
+    }
+
+    async fn send(&mut self, kind: u8, flags: u8, stream: u32, payload: &[u8]) {
+        let mut frame = Vec::new();
+        frame::put(&mut frame, kind, flags, stream, payload);
+        self.0.write_all(&frame).await.unwrap();
+    }
+
+    async fn read(&mut self) -> Option<Seen> {
+        let mut header = [0; frame::HEADER];
+        self.0.read_exact(&mut header).await.ok()?;
+        let header = FrameHeader::read(&header).unwrap();
+        let mut payload = vec![0; header.length];
+        self.0.read_exact(&mut payload).await.ok()?;
+        Some(Seen { header, payload })
+    }
+
+    /// The next frame of this kind, whatever comes before it.
+    async fn next(&mut self, kind: u8) -> Seen {
+        loop {
+            let seen = self.read().await.expect("the connection was closed");
+            if seen.header.kind == kind && (kind != kind::SETTINGS || seen.header.flags == 0) {
+                return seen;
+            }
+        }
+    }
+
+    /// With which reason the connection is ended.
+    async fn dismissal(&mut self) -> Reason {
+        let reason = self.next(kind::GOAWAY).await.code();
+        assert!(self.read().await.is_none(), "it is closed");
+        reason
+    }
+
+    /// The connection goes on.
+    async fn is_answered(&mut self) {
+        self.send(kind::PING, 0, 0, b"12345678").await;
+        assert_eq!(self.next(kind::PING).await.payload, b"12345678");
+    }
+}
+
+/// `:method POST`, `:scheme http`, `:path /`.
+const REQUEST: &[u8] = &[0x83, 0x86, 0x84];
+const WHOLE: u8 = flag::END_HEADERS | flag::END_STREAM;
+
+fn literal(name: &str, value: &str) -> Vec<u8> {
+    let mut field = vec![0];
+    for text in [name, value] {
+        field.push(text.len() as u8);
+        field.extend(text.as_bytes());
+    }
+    field
+}
+
+#[tokio::test]
+async fn a_connection_that_breaks_the_rules_is_ended_with_the_reason() {
+    type Sent = (u8, u8, u32, &'static [u8]);
+    let cases: [(&[Sent], Reason); 18] = [
+        (&[(kind::DATA, 0, 0, b"")], Reason::PROTOCOL_ERROR),
+        (&[(kind::DATA, 0, 1, b"")], Reason::PROTOCOL_ERROR),
+        (&[(kind::RST_STREAM, 0, 1, &[0; 4])], Reason::PROTOCOL_ERROR),
+        (
+            &[(kind::WINDOW_UPDATE, 0, 1, &[0, 0, 0, 1])],
+            Reason::PROTOCOL_ERROR,
+        ),
+        (
+            &[(kind::HEADERS, WHOLE, 2, REQUEST)],
+            Reason::PROTOCOL_ERROR,
+        ),
+        (
+            &[(kind::CONTINUATION, WHOLE, 1, REQUEST)],
+            Reason::PROTOCOL_ERROR,
+        ),
+        (
+            &[(kind::HEADERS, 0, 1, REQUEST), (kind::PING, 0, 0, &[0; 8])],
+            Reason::PROTOCOL_ERROR,
+        ),
+        (
+            &[
+                (kind::HEADERS, 0, 1, REQUEST),
+                (kind::CONTINUATION, 4, 3, b""),
+            ],
+            Reason::PROTOCOL_ERROR,
+        ),
+        (
+            &[(kind::PUSH_PROMISE, 4, 1, &[0; 8])],
+            Reason::PROTOCOL_ERROR,
+        ),
+        (&[(kind::PING, 0, 0, &[0; 7])], Reason::FRAME_SIZE_ERROR),
+        (&[(kind::PING, 0, 1, &[0; 8])], Reason::PROTOCOL_ERROR),
+        (&[(kind::SETTINGS, 0, 0, &[0; 5])], Reason::FRAME_SIZE_ERROR),
+        (
+            &[(kind::SETTINGS, flag::ACK, 0, &[0; 6])],
+            Reason::FRAME_SIZE_ERROR,
+        ),
+        (&[(kind::GOAWAY, 0, 0, &[0; 4])], Reason::FRAME_SIZE_ERROR),
+        (
+            &[(kind::WINDOW_UPDATE, 0, 0, &[0; 4])],
+            Reason::PROTOCOL_ERROR,
+        ),
+        (
+            &[(kind::WINDOW_UPDATE, 0, 0, &[0x7f, 255, 255, 255])],
+            Reason::FLOW_CONTROL_ERROR,
+        ),
+        (
+            &[(kind::HEADERS, WHOLE, 1, &[0x80])],
+            Reason::COMPRESSION_ERROR,
+        ),
+        (
+            &[(kind::HEADERS, WHOLE | flag::PADDED, 1, &[9, 0x83])],
+            Reason::PROTOCOL_ERROR,
+        ),
+    ];
+    for (frames, reason) in cases {
+        let (mut peer, _calls) = Peer::of_server().await;
+        for (kind, flags, stream, payload) in frames {
+            peer.send(*kind, *flags, *stream, payload).await;
+        }
+        assert_eq!(peer.dismissal().await, reason, "{frames:?}");
+    }
+}
+
+#[tokio::test]
+async fn what_does_not_begin_as_http_2_does_or_is_too_large_is_ended() {
+    let (mut near, far) = duplex(PIPE);
+    let _calls = serve(far, 10);
+    near.write_all(b"GET / HTTP/1.1\r\n\r\n").await.unwrap();
+    assert_eq!(Peer(near).dismissal().await, Reason::PROTOCOL_ERROR);
+
+    let (mut near, far) = duplex(PIPE);
+    let _calls = serve(far, 10);
+    near.write_all(PREFACE).await.unwrap();
+    let mut peer = Peer(near);
+    peer.send(kind::PING, 0, 0, &[0; 8]).await;
+    assert_eq!(peer.dismissal().await, Reason::PROTOCOL_ERROR);
+
+    let (mut peer, _calls) = Peer::of_server().await;
+    let header = FrameHeader {
+        length: super::MAX_FRAME_SIZE as usize + 1,
+        kind: kind::DATA,
+        flags: 0,
+        stream: 1,
+    };
+    peer.0.write_all(&header.bytes()).await.unwrap();
+    assert_eq!(peer.dismissal().await, Reason::FRAME_SIZE_ERROR);
+}
+
+#[tokio::test]
+async fn a_malformed_call_is_reset_and_others_go_on() {
+    let bad = [
+        vec![0x83, 0x86],
+        vec![0x86, 0x84],
+        vec![0x83, 0x84],
+        [REQUEST, &[0x88]].concat(),
+        [REQUEST, &[0x84]].concat(),
+        [REQUEST, &literal("Upper", "x")].concat(),
+        [REQUEST, &literal("connection", "close")].concat(),
+        [REQUEST, &literal("te", "gzip")].concat(),
+        [REQUEST, &literal("content-length", "1")].concat(),
+        [&literal("x", "y"), REQUEST].concat(),
+    ];
+    let (mut peer, mut calls) = Peer::of_server().await;
+    let mut stream = 1;
+    for block in bad {
+        peer.send(kind::HEADERS, WHOLE, stream, &block).await;
+        let reset = peer.next(kind::RST_STREAM).await;
+        assert_eq!(
+            (reset.header.stream, reset.code()),
+            (stream, Reason::PROTOCOL_ERROR)
+        );
+        stream += 2;
+    }
+    while calls.try_recv().is_ok() {}
+    peer.send(kind::HEADERS, WHOLE, stream, REQUEST).await;
+    let call = calls.recv().await.unwrap();
+    assert_eq!(call.head.path.as_ref().unwrap(), "/");
+}
+
+#[tokio::test]
+async fn a_stream_that_breaks_the_rules_is_reset_and_the_connection_goes_on() {
+    type Sent = (u8, u8, &'static [u8]);
+    let cases: [(u8, Sent, Reason); 6] = [
+        (WHOLE, (kind::DATA, 0, b"x"), Reason::STREAM_CLOSED),
+        (WHOLE, (kind::HEADERS, WHOLE, b""), Reason::STREAM_CLOSED),
+        (4, (kind::HEADERS, 4, b""), Reason::PROTOCOL_ERROR),
+        (4, (kind::HEADERS, WHOLE, &[0x83]), Reason::PROTOCOL_ERROR),
+        (4, (kind::WINDOW_UPDATE, 0, &[0; 4]), Reason::PROTOCOL_ERROR),
+        (
+            4,
+            (kind::WINDOW_UPDATE, 0, &[0x7f, 255, 255, 255]),
+            Reason::FLOW_CONTROL_ERROR,
+        ),
+    ];
+    for (flags, (sent, with, payload), reason) in cases {
+        let (mut peer, mut calls) = Peer::of_server().await;
+        peer.send(kind::HEADERS, flags, 1, REQUEST).await;
+        let mut call = calls.recv().await.unwrap();
+        peer.send(sent, with, 1, payload).await;
+        let reset = peer.next(kind::RST_STREAM).await;
+        assert_eq!(reset.code(), reason);
+        poll_fn(|cx| call.reply.poll_gone(cx)).await;
+        drop(call);
+        peer.is_answered().await;
+    }
+}
+
+#[tokio::test]
+async fn priorities_padding_and_frames_of_other_kinds_mean_nothing() {
+    let (mut peer, mut calls) = Peer::of_server().await;
+    peer.send(kind::PRIORITY, 0, 9, &[0; 5]).await;
+    peer.send(0xbe, 0xff, 77, b"what is this?").await;
+    let padded = [&[2, 0, 0, 0, 0, 7], REQUEST, &[0, 0]].concat();
+    let flags = flag::END_HEADERS | flag::PADDED | flag::PRIORITY;
+    peer.send(kind::HEADERS, flags, 1, &padded).await;
+    peer.send(
+        kind::DATA,
+        flag::PADDED | flag::END_STREAM,
+        1,
+        b"\x03abc\0\0\0",
+    )
+    .await;
+    let mut call = calls.recv().await.unwrap();
+    assert_eq!(
+        read_all(&mut call.body).await.unwrap(),
+        (b"abc".to_vec(), None)
+    );
+}
+
+#[tokio::test]
+async fn small_chunks_that_nobody_reads_yet_are_gathered() {
+    let (mut peer, mut calls) = Peer::of_server().await;
+    peer.send(kind::HEADERS, flag::END_HEADERS, 1, REQUEST)
+        .await;
+    for byte in 0..100 {
+        peer.send(kind::DATA, 0, 1, &[byte]).await;
+    }
+    peer.is_answered().await;
+    let mut call = calls.recv().await.unwrap();
+    let first = poll_fn(|cx| call.body.poll_data(cx))
+        .await
+        .unwrap()
+        .unwrap();
+    let second = poll_fn(|cx| call.body.poll_data(cx))
+        .await
+        .unwrap()
+        .unwrap();
+    let all: Vec<u8> = (0..100).collect();
+    assert_eq!((&first[..], &second[..]), all.split_at(1));
+}
+
+#[tokio::test]
+async fn what_a_peer_sends_beyond_a_window_is_refused_and_what_is_read_may_be_sent_again() {
+    let (mut peer, mut calls) = Peer::of_server().await;
+    peer.send(kind::HEADERS, flag::END_HEADERS, 1, REQUEST)
+        .await;
+    let mut call = calls.recv().await.unwrap();
+    let quarter = vec![7; super::STREAM_WINDOW as usize / 4];
+    for _ in 0..4 {
+        peer.send(kind::DATA, 0, 1, &quarter).await;
+    }
+    peer.is_answered().await;
+    for _ in 0..2 {
+        poll_fn(|cx| call.body.poll_data(cx))
+            .await
+            .unwrap()
+            .unwrap();
+    }
+    let update = loop {
+        let update = peer.next(kind::WINDOW_UPDATE).await;
+        if update.header.stream == 1 {
+            break update;
+        }
+    };
+    assert_eq!(update.payload, (super::STREAM_WINDOW / 2).to_be_bytes());
+    for _ in 0..2 {
+        peer.send(kind::DATA, 0, 1, &quarter).await;
+    }
+    peer.send(kind::DATA, 0, 1, b"x").await;
+    let reset = peer.next(kind::RST_STREAM).await;
+    assert_eq!(reset.code(), Reason::FLOW_CONTROL_ERROR);
+}
+
+#[tokio::test]
+async fn no_more_waits_for_a_receiver_than_its_window_and_the_buffer_allow() {
+    let (mut peer, mut calls) = Peer::of_server().await;
+    let settings = frame::settings(&[(4, 0x7fff_ffff)]);
+    peer.send(kind::SETTINGS, 0, 0, &settings).await;
+    peer.send(kind::WINDOW_UPDATE, 0, 0, &[0x70, 0, 0, 0]).await;
+    peer.send(kind::HEADERS, WHOLE, 1, REQUEST).await;
+    let mut call = calls.recv().await.unwrap();
+    call.reply.answer(AnswerHead::default(), false).unwrap();
+    let mut data = Bytes::from(vec![1; 8 * SEND_BUFFER]);
+    // The peer does not read: what is not sent stays here.
+    let waits = poll_fn(|cx| match call.reply.poll_send(cx, &mut data, true) {
+        std::task::Poll::Pending => std::task::Poll::Ready(true),
+        std::task::Poll::Ready(_) => std::task::Poll::Ready(false),
+    });
+    assert!(waits.await);
+    assert_eq!(data.len(), 7 * SEND_BUFFER);
+    let sending = poll_fn(|cx| call.reply.poll_send(cx, &mut data, true));
+    let reading = async {
+        let mut size = 0;
+        while size < 8 * SEND_BUFFER {
+            size += peer.next(kind::DATA).await.payload.len();
+        }
+    };
+    let (sent, ()) = tokio::join!(sending, reading);
+    sent.unwrap();
+}
+
+#[tokio::test]
+async fn calls_that_a_farewell_does_not_count_were_not_processed_and_others_end_well() {
+    let (mut peer, calls) = Peer::of_client().await;
+    let begin = || calls.begin(post("/"), Fields::new(), true).unwrap();
+    let (mut one, _out) = begin();
+    let (mut two, _other) = begin();
+    peer.next(kind::HEADERS).await;
+    peer.next(kind::HEADERS).await;
+    peer.send(kind::GOAWAY, 0, 0, &[0, 0, 0, 1, 0, 0, 0, 0])
+        .await;
+    let error = poll_fn(|cx| two.poll_head(cx)).await.unwrap_err();
+    assert!(matches!(error, StreamError::NotProcessed(Reason::NO_ERROR)));
+    assert!(!calls.is_open());
+    peer.send(kind::HEADERS, WHOLE, 1, &[0x88]).await;
+    let head = poll_fn(|cx| one.poll_head(cx)).await.unwrap();
+    assert_eq!(head.status, Some(StatusCode::OK));
+    assert!(one.is_end_stream());
+    drop((one, two, _out, _other));
+    assert!(peer.read().await.is_none(), "the connection is closed");
+}
+
+#[tokio::test]
+async fn a_call_that_has_moved_a_lot_is_a_transfer_until_it_ends() {
+    let (mut peer, calls) = Peer::of_client().await;
+    let load = |transfers, streams| Load { transfers, streams };
+    assert_eq!(calls.load(), load(0, 0));
+    let begin = || calls.begin(post("/"), Fields::new(), true).unwrap();
+    let (mut one, _out) = begin();
+    let _two = begin();
+    assert_eq!(calls.load(), load(0, 2));
+    peer.send(kind::HEADERS, flag::END_HEADERS, 1, &[0x88])
+        .await;
+    for _ in 0..9 {
+        peer.send(kind::DATA, 0, 1, &[0; 16 * 1024]).await;
+    }
+    peer.is_answered().await;
+    assert_eq!(calls.load(), load(1, 2));
+    peer.send(kind::DATA, flag::END_STREAM, 1, b"last").await;
+    while let Some(chunk) = poll_fn(|cx| one.poll_data(cx)).await {
+        chunk.unwrap();
+    }
+    assert_eq!(calls.load(), load(0, 1));
+}
+
+#[tokio::test]
+async fn a_reset_reaches_the_reader_after_the_data_and_the_writer_at_once() {
+    let (mut peer, calls) = Peer::of_client().await;
+    let (mut body, mut out) = calls.begin(post("/"), Fields::new(), false).unwrap();
+    peer.next(kind::HEADERS).await;
+    peer.send(kind::HEADERS, flag::END_HEADERS, 1, &[0x88])
+        .await;
+    peer.send(kind::DATA, 0, 1, b"abc").await;
+    peer.send(kind::RST_STREAM, 0, 1, &Reason::NO_ERROR.0.to_be_bytes())
+        .await;
+    poll_fn(|cx| out.poll_gone(cx)).await;
+    let chunk = poll_fn(|cx| body.poll_data(cx)).await.unwrap().unwrap();
+    assert_eq!(chunk, "abc");
+    let error = poll_fn(|cx| body.poll_data(cx)).await.unwrap().unwrap_err();
+    assert!(matches!(error, StreamError::Reset(Reason::NO_ERROR)));
+}
+
+#[tokio::test]
+async fn a_call_that_is_dropped_is_cancelled_and_an_early_answer_ends_without_an_error() {
+    let (mut peer, calls) = Peer::of_client().await;
+    drop(calls.begin(post("/"), Fields::new(), false).unwrap());
+    let (_body, _out) = calls.begin(post("/"), Fields::new(), false).unwrap();
+    let begun = peer.next(kind::HEADERS).await;
+    assert_eq!(begun.header.stream, 3, "nobody hears of the first one");
+    drop((_body, _out));
+    assert_eq!(peer.next(kind::RST_STREAM).await.code(), Reason::CANCEL);
+
+    let (mut peer, mut calls) = Peer::of_server().await;
+    peer.send(kind::HEADERS, flag::END_HEADERS, 1, REQUEST)
+        .await;
+    let mut call = calls.recv().await.unwrap();
+    call.reply.answer(AnswerHead::default(), true).unwrap();
+    drop(call);
+    assert!(peer.next(kind::HEADERS).await.header.has(flag::END_STREAM));
+    assert_eq!(peer.next(kind::RST_STREAM).await.code(), Reason::NO_ERROR);
+}
+
+#[tokio::test]
+async fn a_server_that_leaves_serves_what_is_under_way_and_takes_no_more() {
+    let (near, far) = duplex(PIPE);
+    let mut connection = Connection::server(far, 10);
+    let mut peer = Peer(near);
+    peer.0.write_all(PREFACE).await.unwrap();
+    peer.send(kind::SETTINGS, 0, 0, &[]).await;
+    peer.send(kind::HEADERS, WHOLE, 1, REQUEST).await;
+    let (mut call, mut later) = (None, 0);
+    poll_fn(|cx| {
+        let _ = connection.poll(cx, |begun| call = Some(begun));
+        match call {
+            Some(_) => std::task::Poll::Ready(()),
+            None => std::task::Poll::Pending,
+        }
+    })
+    .await;
+    connection.leave();
+    let carried = poll_fn(|cx| connection.poll(cx, |_| later += 1));
+    let talked = async {
+        let farewell = peer.next(kind::GOAWAY).await;
+        assert_eq!(farewell.payload[..4], [0x7f, 255, 255, 255]);
+        let ping = peer.next(kind::PING).await;
+        peer.send(kind::PING, flag::ACK, 0, &ping.payload).await;
+        let last = peer.next(kind::GOAWAY).await;
+        assert_eq!(last.payload[..4], [0, 0, 0, 1]);
+        peer.send(kind::HEADERS, WHOLE, 3, REQUEST).await;
+        peer.is_answered().await;
+        let mut call = call.take().unwrap();
+        call.reply.answer(AnswerHead::default(), true).unwrap();
+        drop(call);
+        peer.next(kind::HEADERS).await;
+        assert!(peer.read().await.is_none());
+    };
+    let (carried, ()) = tokio::join!(carried, talked);
+    carried.unwrap();
+    assert_eq!(later, 0);
+}
+
+#[tokio::test]
+async fn a_flood_that_must_be_answered_is_taken_as_fast_as_the_answers_are() {
+    const TIMES: usize = 100_000;
+    let (peer, _calls) = Peer::of_server().await;
+    let (mut reader, mut writer) = tokio::io::split(peer.0);
+    let mut ping = Vec::new();
+    frame::put(&mut ping, kind::PING, 0, 0, &[7; 8]);
+    let flood = ping.repeat(TIMES);
+    let answers = async {
+        let mut answered = 0;
+        let mut frame = [0; frame::HEADER];
+        while answered < TIMES {
+            reader.read_exact(&mut frame).await.unwrap();
+            let header = FrameHeader::read(&frame).unwrap();
+            let mut payload = vec![0; header.length];
+            reader.read_exact(&mut payload).await.unwrap();
+            answered += usize::from(header.kind == kind::PING);
+        }
+    };
+    let (written, ()) = tokio::join!(writer.write_all(&flood), answers);
+    written.unwrap();
+}
+
+#[tokio::test]
+async fn random_bytes_never_hang_or_panic() {
+    let mut random = fastrand::Rng::with_seed(5);
+    for _ in 0..300 {
+        let (mut peer, calls) = Peer::of_server().await;
+        for _ in 0..random.usize(1..20) {
+            let payload: Vec<u8> = (0..random.usize(..40)).map(|_| random.u8(..)).collect();
+            let (kind, stream) = (random.u8(..10), random.u32(..6));
+            let mut frame = Vec::new();
+            frame::put(&mut frame, kind, random.u8(..), stream, &payload);
+            if peer.0.write_all(&frame).await.is_err() {
+                break;
+            }
+        }
+        drop(calls);
+        let _ = peer.0.shutdown().await;
+        while peer.read().await.is_some() {}
+    }
+    assert_eq!(task::panics(), 0);
+}
