@@ -59,18 +59,17 @@ fn for_people(status: &Value) -> String {
             number(&records["actions"]),
             number(&records["parents"])
         ),
-        format!(
-            "speculation  {} queued, {} running, {} completed, {} failed, {} unadaptable",
-            number(&speculation["queued"]),
-            number(&speculation["running"]),
-            number(&speculation["completed"]),
-            number(&speculation["failed"]),
-            number(&speculation["unadaptable"])
-        ),
     ];
-    if let Some(directories) = status["watch"]["directories"].as_u64() {
-        lines.insert(3, format!("watch        {directories} directories"));
-    }
+    let directories = status["watch"]["directories"].as_u64();
+    lines.extend(directories.map(|count| format!("watch        {count} directories")));
+    lines.push(format!(
+        "speculation  {} queued, {} running, {} completed, {} failed, {} unadaptable",
+        number(&speculation["queued"]),
+        number(&speculation["running"]),
+        number(&speculation["completed"]),
+        number(&speculation["failed"]),
+        number(&speculation["unadaptable"])
+    ));
     let totals = &status["totals"];
     if totals["recall"].is_number() || totals["precision"].is_number() {
         lines.push(format!("accounting   {}", accounting(totals)));

@@ -9,7 +9,7 @@ use tokio::sync::mpsc;
 use super::parent::{Parent, WeakKey};
 use super::store::{KnownParent, Store};
 use crate::task;
-use crate::workspace::watch::Watch;
+use crate::workspace::watch::{MAX_DIRECTORIES, Watch};
 
 /// How many parents are watched at once; those that were recorded first are forgotten.
 const MAX_WATCHED: usize = 16;
@@ -31,7 +31,7 @@ impl Watching {
         parents: impl Iterator<Item = &'known KnownParent>,
     ) -> Option<(Self, mpsc::Receiver<Vec<WeakKey>>)> {
         let (told, saved) = mpsc::channel(WAITING);
-        let watch = match Watch::start(told) {
+        let watch = match Watch::start(told, MAX_DIRECTORIES) {
             Ok(watch) => Arc::new(watch),
             Err(error) => {
                 tracing::warn!(

@@ -23,7 +23,7 @@ const PAUSE: Duration = Duration::from_millis(100);
 const PATIENCE: Duration = Duration::from_secs(1);
 /// Directories that are watched, at most: each takes kernel memory, and users have a limit for all
 /// that watch.
-const MAX_DIRECTORIES: usize = 8192;
+pub const MAX_DIRECTORIES: usize = 8192;
 /// What the kernel says at once.
 const EVENTS: usize = 64 * 1024;
 /// Orders that may wait.
@@ -42,11 +42,12 @@ struct Order<K> {
 }
 
 impl<K: Copy + Eq + Hash + Send + 'static> Watch<K> {
-    /// Watches nothing yet. Whoever has files that were saved is named in `saved`.
+    /// Watches nothing yet, and `most` directories at most. Whoever has files that were saved is
+    /// named in `saved`.
     ///
     /// # Errors
     /// When the system has nothing to watch with.
-    pub fn start(saved: mpsc::Sender<Vec<K>>) -> io::Result<Self> {
+    pub fn start(saved: mpsc::Sender<Vec<K>>, most: usize) -> io::Result<Self> {
         let inotify = Inotify::init()?;
         let (orders, ordered) = mpsc::channel(ORDERS);
         let watched = Arc::new(AtomicUsize::new(0));
@@ -54,6 +55,7 @@ impl<K: Copy + Eq + Hash + Send + 'static> Watch<K> {
             watches: inotify.watches(),
             directories: HashMap::new(),
             absent: HashMap::new(),
+            most,
             watched: watched.clone(),
             is_full: false,
         };
@@ -82,6 +84,7 @@ struct Worker<K> {
     directories: HashMap<WatchDescriptor, (PathBuf, Files<K>)>,
     /// Those that were not there, or are gone.
     absent: HashMap<PathBuf, Files<K>>,
+    most: usize,
     watched: Arc<AtomicUsize>,
     /// Whether the log knows that not all can be watched.
     is_full: bool,
@@ -156,7 +159,9 @@ impl<K: Copy + Eq + Hash + Send + 'static> Worker<K> {
             .mask
             .intersects(EventMask::MOVE_SELF | EventMask::IGNORED)
         {
-            self.absent.extend(self.directories.remove(&event.wd));
+            if let Some((path, files)) = self.directories.remove(&event.wd) {
+                add_all(self.absent.entry(path).or_default(), files);
+            }
             return false;
         }
         let directory = self.directories.get(&event.wd);
@@ -179,11 +184,7 @@ impl<K: Copy + Eq + Hash + Send + 'static> Worker<K> {
     }
 
     fn add_directory(&mut self, path: PathBuf, files: Files<K>) {
-        let added = match self.directories.len() < MAX_DIRECTORIES {
-            true => self.watches.add(&path, saved()),
-            false => Err(io::ErrorKind::StorageFull.into()),
-        };
-        let there = match added {
+        let there = match self.watch_directory(&path) {
             Ok(descriptor) => {
                 let new = || (path, Files::new());
                 &mut self.directories.entry(descriptor).or_insert_with(new).1
@@ -195,9 +196,18 @@ impl<K: Copy + Eq + Hash + Send + 'static> Worker<K> {
                 self.absent.entry(path).or_default()
             }
         };
-        for (name, whose) in files {
-            there.entry(name).or_default().extend(whose);
+        add_all(there, files);
+    }
+
+    fn watch_directory(&mut self, path: &Path) -> io::Result<WatchDescriptor> {
+        // That of a directory that is watched already, if it is.
+        let descriptor = self.watches.add(path, saved())?;
+        if self.directories.len() < self.most || self.directories.contains_key(&descriptor) {
+            return Ok(descriptor);
         }
+        // It may just have gone.
+        let _ = self.watches.remove(descriptor);
+        Err(io::ErrorKind::StorageFull.into())
     }
 
     fn warn_of(&mut self, path: &Path) {
@@ -206,7 +216,8 @@ impl<K: Copy + Eq + Hash + Send + 'static> Worker<K> {
                 path = %path.display(),
                 watched = self.directories.len(),
                 "not all directories can be watched; fs.inotify.max_user_watches says how many \
-                 those of a user may be, and primed takes {MAX_DIRECTORIES} at most"
+                 those of a user may be, and primed takes {} at most",
+                self.most
             );
         }
     }
@@ -240,6 +251,12 @@ impl<K: Copy + Eq + Hash + Send + 'static> Worker<K> {
     }
 }
 
+fn add_all<K: Eq + Hash>(there: &mut Files<K>, files: Files<K>) {
+    for (name, whose) in files {
+        there.entry(name).or_default().extend(whose);
+    }
+}
+
 /// What is to be told of a directory: that files in it have new content, or are there no more.
 fn saved() -> WatchMask {
     WatchMask::CLOSE_WRITE
@@ -265,9 +282,13 @@ mod tests {
 
     impl Stage {
         fn start() -> Self {
+            Stage::with_most(MAX_DIRECTORIES)
+        }
+
+        fn with_most(most: usize) -> Self {
             let (told, saved) = mpsc::channel(1);
             let stage = Stage {
-                watch: Watch::start(told).unwrap(),
+                watch: Watch::start(told, most).unwrap(),
                 saved,
                 root: tempfile::tempdir().unwrap(),
             };
@@ -333,6 +354,20 @@ mod tests {
         stage.watch.watch('a', Vec::new());
         stage.write("src/b.h", "again");
         assert_eq!(stage.told().await, "b");
+    }
+
+    #[tokio::test]
+    async fn who_has_too_many_directories_keeps_those_that_are_watched() {
+        let mut stage = Stage::with_most(1);
+        stage.watch('a', &["src/a.h"]).await;
+        stage.watch('b', &["probe.h", "src/b.h"]).await;
+        stage.watch('a', &["src/a.h"]).await;
+        stage.write("probe.h", "in a directory too many");
+        stage.write("src/a.h", "written");
+        assert_eq!(stage.told().await, "a");
+        stage.write("src/b.h", "written");
+        assert_eq!(stage.told().await, "b");
+        assert_eq!(stage.watch.directories(), 1);
     }
 
     #[tokio::test]
