@@ -70,6 +70,8 @@ pub struct LaneWidth {
     clients: usize,
     /// When how many were in flight, after somebody came or left.
     passages: VecDeque<Passage>,
+    /// When the latest of these came that clients' executions were beside.
+    beside_clients: Option<Instant>,
     /// When executions that ended of late were surely with a worker.
     witnesses: VecDeque<Witness>,
     /// When something gave way last.
@@ -173,6 +175,7 @@ impl LaneWidth {
             in_flight: 0,
             clients: 0,
             passages: VecDeque::new(),
+            beside_clients: None,
             witnesses: VecDeque::new(),
             gave_way: None,
             overhead: None,
@@ -246,9 +249,16 @@ impl LaneWidth {
         self.proven + usize::from(2 * clients <= self.proven)
     }
 
+    /// The passages of late, if there were any beside clients.
     fn recent(&self, now: Instant) -> impl Iterator<Item = &Passage> {
-        let (passages, lingers) = (self.passages.iter().rev(), self.lingers(now));
-        passages.take_while(move |passage| now.saturating_duration_since(passage.at) < lingers)
+        let beginning = now.checked_sub(self.lingers(now));
+        let is_recent = move |at: Instant| beginning.is_none_or(|beginning| at > beginning);
+        let count = match self.beside_clients.is_some_and(is_recent) {
+            true => self.passages.len(),
+            false => 0,
+        };
+        let passages = self.passages.iter().rev().take(count);
+        passages.take_while(move |passage| is_recent(passage.at))
     }
 
     fn lingers(&self, now: Instant) -> Duration {
@@ -321,6 +331,9 @@ impl LaneWidth {
     }
 
     fn remember(&mut self, at: Instant, passing: Passing, clients: usize) {
+        if clients > 0 {
+            self.beside_clients = Some(at);
+        }
         if self.passages.len() == REMEMBERED {
             self.passages.pop_front();
         }
