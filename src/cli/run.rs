@@ -235,16 +235,17 @@ impl Run {
                     return ended.map_err(|error| Failure::new(exit_codes::FAILURE, error));
                 }
                 signal = signals.next() => {
-                    // Its end is heard of here alone where the kernel has no descriptors of
-                    // processes: then the runtime waits for the signal, too.
-                    if signal.is_of_a_child()
-                        && let Some(ended) = child.try_wait().transpose()
-                    {
-                        return ended.map_err(|error| Failure::new(exit_codes::FAILURE, error));
-                    }
-                    signal.pass_on(child.id());
-                    if signal.is_of_a_child() && let Some(command) = child.id() {
-                        signals::stop_with(command, line.as_mut());
+                    if signal.is_of_a_child() {
+                        // Its end is heard of here alone where the kernel has no descriptors of
+                        // processes: then the runtime waits for the signal, too.
+                        if let Some(ended) = child.try_wait().transpose() {
+                            return ended.map_err(|error| Failure::new(exit_codes::FAILURE, error));
+                        }
+                        if let Some(command) = child.id() {
+                            signals::stop_with(command, line.as_mut());
+                        }
+                    } else {
+                        signal.pass_on(child.id());
                     }
                     if let Some(line) = &mut line {
                         signal.after(line);

@@ -137,9 +137,8 @@ impl Incoming {
 
     /// Passes it on to the command, unless that has it already.
     pub fn pass_on(self, command: Option<u32>) {
-        let command = command.and_then(|pid| Pid::from_raw(i32::try_from(pid).ok()?));
-        let own = matches!(self.signal, Signal::SIGCHLD | Signal::SIGWINCH);
-        if let (false, false, Some(command)) = (self.by_kernel, own, command)
+        let passed_on = !self.by_kernel && self.signal != Signal::SIGWINCH;
+        if let (true, Some(command)) = (passed_on, command.and_then(pid))
             && let Some(signal) = rustix::process::Signal::from_named_raw(self.signal as i32)
         {
             // It may have ended.
@@ -164,8 +163,11 @@ impl Incoming {
 fn is_stopped(child: u32) -> bool {
     // Left for others to wait for, too.
     let state = WaitIdOptions::STOPPED | WaitIdOptions::NOWAIT | WaitIdOptions::NOHANG;
-    let pid = i32::try_from(child).ok().and_then(Pid::from_raw);
-    pid.is_some_and(|pid| matches!(waitid(WaitId::Pid(pid), state), Ok(Some(_))))
+    pid(child).is_some_and(|pid| matches!(waitid(WaitId::Pid(pid), state), Ok(Some(_))))
+}
+
+fn pid(child: u32) -> Option<Pid> {
+    Pid::from_raw(i32::try_from(child).ok()?)
 }
 
 /// Stops this process, if the command is stopped; not before, since the shell takes the terminal
