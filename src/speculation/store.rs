@@ -3,31 +3,28 @@
 //! The store may be missing, broken, locked or read-only; primed then says so once, keeps its
 //! records in memory, and goes on. A broken file is put aside, never deleted.
 
+mod database;
+mod messages;
+
 use std::collections::HashSet;
-use std::fs::{DirBuilder, File};
-use std::io;
-use std::os::unix::ffi::{OsStrExt, OsStringExt};
-use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::Duration;
 
 use bytes::Bytes;
 use parking_lot::RwLock;
 use prost::Message;
-use redb::backends::InMemoryBackend;
 use redb::{
-    Database, DatabaseError, ReadableDatabase, ReadableTable, ReadableTableMetadata, StorageError,
+    Database, DatabaseError, ReadableDatabase, ReadableTable, ReadableTableMetadata,
     TableDefinition,
 };
 
-use super::parent::{
-    ActionParent, BaseAction, ExecutedParent, Origin, OverlayTable, Parent, ParentIdentity,
-    ParentKind, SubactionKey, WeakKey, action_parts,
-};
+pub use self::database::OpenError;
+use self::database::{FILE_NAME, create, create_in_memory, make_directory, open_file};
+pub use self::messages::{base_action, identity, parent_of, stored_action, stored_parent};
+use self::messages::{known_file, overlays, path_bytes, path_of, stored_file};
+use super::parent::{Parent, ParentIdentity, WeakKey};
 use super::uses::{Prediction, Wasted};
-use crate::cas::{Digest, DigestFunction};
-use crate::reapi::buildstream::v2::speculative_actions::{Overlay, overlay::OverlayType};
+use crate::cas::Digest;
 use crate::reapi::primed::store::v1 as proto;
 use crate::workspace::index::FileSignature;
 
@@ -42,13 +39,10 @@ const WASTED: TableDefinition<'_, &[u8], &[u8]> = TableDefinition::new("wasted-v
 /// Under the path: `FileState`.
 const FILES: TableDefinition<'_, &[u8], &[u8]> = TableDefinition::new("files-v1");
 
-const FILE_NAME: &str = "records.redb";
 /// How many base actions are kept in all. Least recently seen parents go first.
 const MAX_ACTIONS: u64 = 500_000;
 /// How many file states are kept. They only save hashing, so they go all at once.
 const MAX_FILES: u64 = 1_000_000;
-/// Memory for the store's own pages.
-const CACHE_BYTES: usize = 16 * 1024 * 1024;
 
 /// What went wrong inside the store.
 #[derive(Debug, thiserror::Error)]
@@ -481,7 +475,7 @@ impl Store {
                 }
                 for (path, state) in files {
                     let stored = stored_file(state).encode_to_vec();
-                    states.insert(path.as_os_str().as_bytes(), stored.as_slice())?;
+                    states.insert(&*path_bytes(path), stored.as_slice())?;
                 }
             }
             write.commit()?;
@@ -515,371 +509,21 @@ impl Store {
     }
 }
 
-/// Why there is no store on disk.
-#[derive(Debug, thiserror::Error)]
-pub enum OpenError {
-    /// It is locked.
-    #[error("another primed uses it; give each its own --state-dir")]
-    InUse,
-    /// Its file or directory cannot be used.
-    #[error("{0}; check that it exists and can be written")]
-    Io(#[from] io::Error),
-    /// What is in the file cannot be.
-    #[error("{0}")]
-    Database(Box<DatabaseError>),
-}
-
-impl From<DatabaseError> for OpenError {
-    fn from(error: DatabaseError) -> Self {
-        match error {
-            DatabaseError::DatabaseAlreadyOpen => OpenError::InUse,
-            DatabaseError::Storage(StorageError::Io(error)) => OpenError::Io(error),
-            other => OpenError::Database(Box::new(other)),
-        }
-    }
-}
-
-fn make_directory(directory: &Path) -> io::Result<()> {
-    DirBuilder::new()
-        .recursive(true)
-        .mode(0o700)
-        .create(directory)
-}
-
-fn open_file(directory: &Path) -> Result<Database, OpenError> {
-    make_directory(directory)?;
-    let path = directory.join(FILE_NAME);
-    match create(&path) {
-        // Garbage, or cut short, or of a version that this one does not read.
-        Err(reason) if path.exists() && is_broken(&reason) => {
-            let aside = (1..)
-                .map(|number| directory.join(format!("{FILE_NAME}.broken-{number}")))
-                .find(|aside| !aside.exists())
-                .unwrap_or_else(|| directory.join("broken"));
-            std::fs::rename(&path, &aside)?;
-            tracing::warn!(
-                kept_as = %aside.display(), %reason,
-                "the record store is broken; it was put aside and a new one begun"
-            );
-            Ok(create(&path)?)
-        }
-        opened => Ok(opened?),
-    }
-}
-
-fn create_in_memory() -> Result<Database, DatabaseError> {
-    Database::builder().create_with_backend(InMemoryBackend::new())
-}
-
-fn create(path: &Path) -> Result<Database, DatabaseError> {
-    let open = || {
-        let file = File::options()
-            .read(true)
-            .write(true)
-            .create(true)
-            .truncate(false)
-            .mode(0o600)
-            .open(path)
-            .map_err(StorageError::Io)?;
-        Database::builder()
-            .set_cache_size(CACHE_BYTES)
-            .create_file(file)
-    };
-    // redb asserts on some kinds of damage: a store must never take the proxy down.
-    std::panic::catch_unwind(open).unwrap_or_else(|_| {
-        let damage = StorageError::Corrupted("it cannot be parsed".to_owned());
-        Err(DatabaseError::Storage(damage))
-    })
-}
-
-fn is_broken(error: &DatabaseError) -> bool {
-    match error {
-        DatabaseError::Storage(StorageError::Corrupted(_))
-        | DatabaseError::RepairAborted
-        | DatabaseError::UpgradeRequired(_) => true,
-        DatabaseError::Storage(StorageError::Io(error)) => matches!(
-            error.kind(),
-            io::ErrorKind::InvalidData | io::ErrorKind::UnexpectedEof
-        ),
-        _ => false,
-    }
-}
-
 fn range_of(key: WeakKey) -> (Vec<u8>, Vec<u8>) {
     let first = key.0.to_vec();
     let last = [key.0.as_slice(), &[0xff; 33]].concat();
     (first, last)
 }
 
-fn path_bytes(path: &Path) -> Bytes {
-    Bytes::copy_from_slice(path.as_os_str().as_bytes())
-}
-
-fn path_of(bytes: &[u8]) -> PathBuf {
-    PathBuf::from(std::ffi::OsString::from_vec(bytes.to_vec()))
-}
-
-fn stored_digest(digest: Digest) -> Option<proto::Digest> {
-    Some(proto::Digest {
-        hash: Bytes::copy_from_slice(digest.hash()),
-        size: digest.size(),
-        function: digest.function().to_proto(),
-    })
-}
-
-fn digest_of(stored: Option<&proto::Digest>) -> Option<Digest> {
-    let stored = stored?;
-    function(stored.function)?.digest(&stored.hash, stored.size)
-}
-
-/// Records from when there was only one function do not name it.
-fn function(stored: i32) -> Option<DigestFunction> {
-    match stored {
-        0 => Some(DigestFunction::Sha256),
-        named => DigestFunction::from_proto(named),
-    }
-}
-
-pub(super) fn stored_parent(parent: &Parent) -> proto::Parent {
-    let identity = &parent.identity;
-    let mut stored = proto::Parent {
-        instance_name: identity.instance.to_string(),
-        digest_function: identity.digest_function.to_proto(),
-        uid: identity.uid,
-        last_seen_unix_ms: parent.last_seen_unix_ms,
-        overlays: parent
-            .overlays
-            .iter()
-            .map(|(target, origin)| stored_overlay(*target, origin))
-            .collect(),
-        text_roots: parent
-            .text_roots
-            .iter()
-            .filter_map(|root| stored_digest(*root))
-            .collect(),
-        ..proto::Parent::default()
-    };
-    match &identity.kind {
-        ParentKind::Invocation { project_root, tool } => {
-            stored.tool.clone_from(tool);
-            stored.project_root = project_root.as_deref().map(path_bytes);
-        }
-        ParentKind::Action(action) => {
-            stored.action = Some(proto::ActionParent {
-                instance_name: action.instance.to_string(),
-                key: stored_digest(action.key),
-                name: action.name.clone(),
-                executed: parent.executed.as_deref().map(stored_execution),
-            });
-        }
-    }
-    stored
-}
-
-/// `None` if it is malformed.
-pub(super) fn identity(stored: &proto::Parent) -> Option<ParentIdentity> {
-    let kind = match &stored.action {
-        None => ParentKind::Invocation {
-            project_root: stored.project_root.as_deref().map(path_of),
-            tool: stored.tool.clone(),
-        },
-        Some(action) => ParentKind::Action(ActionParent {
-            instance: action.instance_name.as_str().into(),
-            key: digest_of(action.key.as_ref())?,
-            name: action.name.clone(),
-        }),
-    };
-    Some(ParentIdentity {
-        instance: stored.instance_name.as_str().into(),
-        digest_function: function(stored.digest_function)?,
-        uid: stored.uid,
-        kind,
-    })
-}
-
-/// Without its actions. `None` if it is malformed.
-pub(super) fn parent_of(stored: &proto::Parent) -> Option<Parent> {
-    let action = stored.action.as_ref();
-    let executed = action.and_then(|action| execution(action.executed.as_ref()?));
-    let identity = identity(stored)?;
-    let function = identity.digest_function;
-    let text_roots = stored.text_roots.iter();
-    Some(Parent {
-        overlays: overlays(&stored.overlays, function),
-        text_roots: text_roots
-            .map(|root| digest_of(Some(root)))
-            .collect::<Option<_>>()?,
-        executed: executed.map(Arc::new),
-        last_seen_unix_ms: stored.last_seen_unix_ms,
-        ..Parent::new(identity)
-    })
-}
-
-fn stored_execution(executed: &ExecutedParent) -> proto::ExecutedParent {
-    proto::ExecutedParent {
-        action: stored_digest(executed.action),
-        input_root: stored_digest(executed.input_root),
-        texts: executed.texts.clone(),
-        outputs: stored_outputs(&executed.outputs),
-    }
-}
-
-fn execution(stored: &proto::ExecutedParent) -> Option<ExecutedParent> {
-    Some(ExecutedParent {
-        action: digest_of(stored.action.as_ref())?,
-        input_root: digest_of(stored.input_root.as_ref())?,
-        texts: stored.texts.clone(),
-        outputs: outputs(&stored.outputs)?,
-    })
-}
-
-fn stored_outputs(outputs: &[(String, Digest)]) -> Vec<proto::Output> {
-    let stored = outputs.iter().map(|(path, digest)| proto::Output {
-        path: path.clone(),
-        digest: stored_digest(*digest),
-    });
-    stored.collect()
-}
-
-fn outputs(stored: &[proto::Output]) -> Option<Vec<(String, Digest)>> {
-    let outputs = stored.iter();
-    outputs
-        .map(|output| Some((output.path.clone(), digest_of(output.digest.as_ref())?)))
-        .collect()
-}
-
-fn stored_overlay(target: Digest, origin: &Origin) -> Overlay {
-    let mut overlay = Overlay {
-        target_digest: Some(target.to_proto()),
-        source_element: origin
-            .parent()
-            .map(|key| key.to_string())
-            .unwrap_or_default(),
-        ..Overlay::default()
-    };
-    match origin {
-        Origin::Disk(path) => {
-            overlay.set_type(OverlayType::Source);
-            overlay.source_path = path.to_string_lossy().into_owned();
-        }
-        Origin::Tree { path, .. } => {
-            overlay.set_type(OverlayType::Source);
-            overlay.source_path.clone_from(path);
-        }
-        Origin::Action { action, path, .. } => {
-            overlay.set_type(OverlayType::Action);
-            overlay.source_action_digest = Some(action.to_proto());
-            overlay.source_path.clone_from(path);
-        }
-        Origin::Artifact { path, .. } => {
-            overlay.set_type(OverlayType::Artifact);
-            overlay.source_path.clone_from(path);
-        }
-    }
-    overlay
-}
-
-fn overlays(stored: &[Overlay], function: DigestFunction) -> OverlayTable {
-    let mut table = OverlayTable::default();
-    for overlay in stored {
-        if let Some((target, origin)) = overlay_origin(overlay, function) {
-            table.add(target, origin);
-        }
-    }
-    table
-}
-
-/// `None` if it is malformed.
-fn overlay_origin(overlay: &Overlay, function: DigestFunction) -> Option<(Digest, Origin)> {
-    let target = function.read(overlay.target_digest.as_ref()).ok()?;
-    let parent = match overlay.source_element.as_str() {
-        "" => None,
-        named => Some(named.parse().ok()?),
-    };
-    let path = overlay.source_path.clone();
-    let origin = match overlay.r#type() {
-        OverlayType::Source if path.starts_with('/') => Origin::Disk(path.into()),
-        OverlayType::Source => Origin::Tree { parent, path },
-        OverlayType::Action => Origin::Action {
-            parent,
-            action: function.read(overlay.source_action_digest.as_ref()).ok()?,
-            path,
-        },
-        OverlayType::Artifact => Origin::Artifact {
-            parent: parent?,
-            path,
-        },
-    };
-    Some((target, origin))
-}
-
-pub(super) fn stored_action(base: &BaseAction) -> proto::BaseAction {
-    let root = base.file_system_root.as_path();
-    proto::BaseAction {
-        action: base.encoded.clone(),
-        mount: base.mount.as_deref().map(path_bytes),
-        file_system_root: (root != Path::new("/")).then(|| path_bytes(root)),
-        working_directory: base.working_directory.clone(),
-        texts: base.texts.clone(),
-        outputs: stored_outputs(&base.outputs),
-        duration_us: u64::try_from(base.duration.as_micros()).unwrap_or(u64::MAX),
-        order: base.order,
-        last_seen_unix_ms: base.last_seen_unix_ms,
-    }
-}
-
-pub(super) fn base_action(
-    stored: proto::BaseAction,
-    function: DigestFunction,
-) -> Option<(SubactionKey, BaseAction)> {
-    let parts = action_parts(&stored.action, function).ok()?;
-    let outputs = outputs(&stored.outputs)?;
-    let mount = stored.mount.as_deref().map(path_of);
-    let root = stored.file_system_root.as_deref();
-    let base = BaseAction {
-        digest: function.of(&stored.action),
-        input_root: parts.input_root,
-        mount: mount.clone(),
-        file_system_root: root.map_or_else(|| PathBuf::from("/"), path_of),
-        working_directory: stored.working_directory,
-        texts: stored.texts,
-        outputs,
-        duration: Duration::from_micros(stored.duration_us),
-        order: stored.order,
-        last_seen_unix_ms: stored.last_seen_unix_ms,
-        encoded: stored.action,
-    };
-    let action_key = parts.action_key;
-    Some((SubactionKey { action_key, mount }, base))
-}
-
-fn stored_file((signature, digest): &(FileSignature, Digest)) -> proto::FileState {
-    proto::FileState {
-        size: signature.size,
-        modified_ns: signature.modified_ns,
-        changed_ns: signature.changed_ns,
-        inode: signature.inode,
-        device: signature.device,
-        digest: stored_digest(*digest),
-    }
-}
-
-fn known_file(stored: proto::FileState) -> Option<(FileSignature, Digest)> {
-    let signature = FileSignature {
-        size: stored.size,
-        modified_ns: stored.modified_ns,
-        changed_ns: stored.changed_ns,
-        inode: stored.inode,
-        device: stored.device,
-    };
-    Some((signature, digest_of(stored.digest.as_ref())?))
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::cas::DigestFunction;
     use crate::reapi::Action;
+    use crate::speculation::parent::{BaseAction, Origin, ParentKind, SubactionKey};
+    use std::io;
     use std::sync::atomic::{AtomicBool, Ordering};
+    use std::time::Duration;
 
     fn parent(root: &str, actions: usize, seen: i64) -> Parent {
         let mut parent = Parent::new(ParentIdentity {

@@ -1,0 +1,222 @@
+//! Calls that were answered: each is counted for the build on whose behalf it was made, and its
+//! action is kept for recording.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use super::State;
+use crate::clock;
+use crate::meters::METERS;
+use crate::reapi::ActionResult;
+use crate::speculation::builds::{Asked, Build};
+use crate::speculation::callers::{BuildKey, Caller};
+use crate::speculation::flights::{FlightKey, Flights};
+use crate::speculation::journal::Note;
+use crate::speculation::lane_width::Executed;
+use crate::speculation::nested::Answered;
+use crate::speculation::observation::{Call, CallOrigin, NotExecuted};
+use crate::speculation::priming::{Group, Message};
+use crate::speculation::record::{Subaction, execution_time};
+
+/// Subactions of one build that are kept for recording.
+const MAX_SUBACTIONS: usize = 200_000;
+
+impl State {
+    /// Counts and keeps an answered call, as soon as it is known on whose behalf it was made.
+    pub(super) fn answered(&mut self, answered: Answered) {
+        if let Some((answered, parent)) = self.nested.decide(answered) {
+            self.attributed(answered, parent.as_ref());
+        }
+    }
+
+    pub(super) fn attributed(&mut self, answered: Answered, parent: Option<&FlightKey>) {
+        match answered {
+            Answered::Lookup(call) => self.lookup(call, parent),
+            Answered::Execution(call) => self.execution(call, parent),
+        }
+    }
+
+    /// The build on whose behalf a call was made.
+    pub(super) fn build_for(
+        &mut self,
+        origin: &CallOrigin,
+        parent: Option<&FlightKey>,
+    ) -> &mut Build {
+        let key = parent.map(|parent| BuildKey::Action(parent.clone()));
+        match key.filter(|key| self.open.contains_key(key)) {
+            // The entry is there; to look again is what the borrow checker wants.
+            Some(key) => {
+                let caller = self.open[&key].caller.clone();
+                let build = self.open.entry(key);
+                let build = build.or_insert_with(|| Build::new(0, caller, 0, &self.room));
+                build.last_call = Instant::now();
+                build
+            }
+            None => self.build_of(origin),
+        }
+    }
+
+    pub(super) fn lookup(&mut self, call: Box<Call>, parent: Option<&FlightKey>) {
+        const OK: u32 = tonic::Code::Ok as u32;
+        const NOT_FOUND: u32 = tonic::Code::NotFound as u32;
+        match call.answer.status {
+            Some(OK) => {
+                let result: Option<ActionResult> = call.answer.last_message();
+                self.asked_for(call, result, parent);
+            }
+            Some(NOT_FOUND) => {
+                let note = note(&call, None);
+                self.build_for(&call.origin, parent).count(
+                    &call.key,
+                    Asked::Missed,
+                    Duration::ZERO,
+                    note,
+                );
+            }
+            _ => {}
+        }
+    }
+
+    pub(super) fn execution(&mut self, call: Box<Call>, parent: Option<&FlightKey>) {
+        let (result, ended) = match call.answer.executed() {
+            Ok(result) => (Some(result), true),
+            Err(NotExecuted { reason, may_go_on }) => {
+                tracing::info!(action = %call.key.action, reason, "an execution ended without a result");
+                (None, !may_go_on)
+            }
+        };
+        if ended && self.nested.is_open(&call.key) {
+            let succeeded = result.clone().filter(|result| result.exit_code == 0);
+            self.end_parent(&call.key, succeeded.map(Arc::new));
+        }
+        if call.joined.is_none() {
+            if let Some(result) = &result
+                && !call.answer.is_cached()
+                && let Some(executed) = Executed::of(result, call.began, call.ended)
+            {
+                self.workshop.flights.learn(executed);
+            }
+            let note = note(&call, result.as_ref());
+            self.build_for(&call.origin, parent).count(
+                &call.key,
+                Asked::Missed,
+                Duration::ZERO,
+                note,
+            );
+        }
+        self.asked_for(call, result, parent);
+    }
+
+    /// Counts an answered call and keeps the action for recording.
+    pub(super) fn asked_for(
+        &mut self,
+        call: Box<Call>,
+        result: Option<ActionResult>,
+        parent: Option<&FlightKey>,
+    ) {
+        let flights = self.workshop.flights.clone();
+        let note = note(&call, result.as_ref());
+        let client = match parent {
+            None => self.client_in_run(&call.origin),
+            Some(_) => None,
+        };
+        let build = self.build_for(&call.origin, parent);
+        let executed = result.as_ref().and_then(execution_time).unwrap_or_default();
+        let had_used = build.has_used();
+        match call.joined {
+            Some(waited) => {
+                let saved = executed.saturating_sub(waited);
+                build.count(&call.key, Asked::Joined, saved, note);
+                flights.use_primed(&call.key, build.number);
+                use_result(&flights, &call.key, note.answered_unix_ms);
+            }
+            None => match flights.use_primed(&call.key, build.number) {
+                Some(primed) => {
+                    let is_first = build.count(&call.key, Asked::Hit, primed.execution, note);
+                    let lead = use_result(&flights, &call.key, note.began_unix_ms);
+                    if let (Some(lead), true) = (lead, is_first) {
+                        METERS.lead.add(lead);
+                        build.leads.extend([lead]);
+                    }
+                }
+                None => {
+                    build.count(&call.key, Asked::Cached, Duration::ZERO, note);
+                }
+            },
+        }
+        let uses_first = !had_used && build.has_used();
+        let caller = client.as_ref().unwrap_or(&build.caller).clone();
+        let succeeded = result.filter(|result| result.exit_code == 0);
+        let succeeded = succeeded.map(|mut result| {
+            result.stdout_raw.clear();
+            result.stderr_raw.clear();
+            Arc::new(result)
+        });
+        if let Some(result) = &succeeded
+            && build.subactions.len() < MAX_SUBACTIONS
+        {
+            build.keep(call.key.clone(), |order| Subaction {
+                action: call.key.action,
+                result: result.clone(),
+                order,
+                working_directory: caller.working_directory.clone(),
+                file_system_root: caller.file_system_root.clone(),
+            });
+            self.callers.runs.keep(&caller, &call.key);
+        }
+        if uses_first {
+            self.tell_priming(&caller, &call.key, parent, || Message::Used);
+        }
+        if let Some(result) = succeeded
+            && call.joined.is_none()
+        {
+            let key = call.key.clone();
+            let observed = || Message::Observed { key, result };
+            self.tell_priming(&caller, &call.key, parent, observed);
+        }
+    }
+
+    /// Tells the priming of those on whose behalf `key` was asked for.
+    pub(super) fn tell_priming(
+        &self,
+        caller: &Caller,
+        key: &FlightKey,
+        parent: Option<&FlightKey>,
+        message: impl FnOnce() -> Message,
+    ) {
+        if self.primings.is_empty() {
+            return;
+        }
+        let group = match parent.and_then(|parent| self.nested.group(parent)) {
+            Some(group) => group.clone(),
+            None => {
+                let function = key.action.function();
+                Group::Invocation(caller.parent(&key.instance, function).weak_key())
+            }
+        };
+        if let Some(priming) = self.primings.get(&group) {
+            priming.tell(message());
+        }
+    }
+}
+
+/// What the journal notes of a call. Its times are those of the monotonic clock; what has passed since
+/// then is deducted from now.
+fn note(call: &Call, result: Option<&ActionResult>) -> Note {
+    let (now, now_unix_ms) = (Instant::now(), clock::now_unix_ms());
+    let before = |time: Instant| {
+        let passed = now.saturating_duration_since(time).as_millis();
+        now_unix_ms - i64::try_from(passed).unwrap_or(0)
+    };
+    Note {
+        began_unix_ms: before(call.began),
+        answered_unix_ms: before(call.ended),
+        executed: result.and_then(execution_time).unwrap_or_default(),
+    }
+}
+
+/// Notes the use of a result that a flight has brought. Returns how long it had been there.
+fn use_result(flights: &Flights, key: &FlightKey, now_unix_ms: i64) -> Option<Duration> {
+    let record = flights.record(key)?;
+    Some(record.used(now_unix_ms))
+}

@@ -1,0 +1,229 @@
+//! What is ready takes off, and what lands completes the plan.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use tokio_util::task::AbortOnDropHandle;
+
+use super::{Preparation, Worker};
+use crate::clock;
+use crate::reapi::ActionResult;
+use crate::speculation::budgets::{Reservation, Spender};
+use crate::speculation::flights::{FlightKey, Landing, Outcome};
+use crate::speculation::journal_page::Trigger;
+use crate::speculation::parent::WeakKey;
+use crate::speculation::prepare::{self, Job, Queue};
+use crate::speculation::record::{execution_time, output_files};
+use crate::speculation::schedule::Ready;
+use crate::speculation::verdict::LeftOut;
+use crate::speculation::workshop::{Beneficiary, News};
+use crate::speculation::worth::Worth;
+use crate::task;
+
+impl Worker {
+    /// Announces what is ready, at once and all together, and has it prepared.
+    pub(super) fn launch(&mut self, ready: Vec<Ready>) {
+        let mut jobs: HashMap<Arc<str>, Vec<Job>> = HashMap::new();
+        for ready in ready {
+            let key = ready.key.clone();
+            let instance = key.instance.clone();
+            let Some(whom) = self.beneficiary(&key) else {
+                continue;
+            };
+            let Some(reservation) = self.reserve(&ready) else {
+                continue;
+            };
+            let announced = self.workshop.flights.announce(key.clone(), &self.landed);
+            if let Some(announcement) = announced {
+                announcement.expect(ready.recorded);
+                self.reserved.insert(key, reservation);
+                let activity = self.workshop.activities.begin();
+                jobs.entry(instance).or_default().push(Job {
+                    announcement,
+                    ready,
+                    whom,
+                    triggered: self.triggered,
+                    activity,
+                });
+            }
+        }
+        for (instance, jobs) in jobs {
+            tracing::debug!(%instance, actions = jobs.len(), "adapted");
+            let workshop = &self.workshop;
+            let preparation = self
+                .preparations
+                .entry(instance)
+                .or_insert_with_key(|instance| {
+                    let queue = Arc::new(Queue::default());
+                    let run = prepare::run(workshop.clone(), instance.clone(), queue.clone());
+                    Preparation {
+                        queue,
+                        _task: AbortOnDropHandle::new(task::spawn("preparation", run)),
+                    }
+                });
+            preparation.queue.push(jobs);
+        }
+    }
+
+    /// Sets aside what an execution may take. `None` if there is no budget for it.
+    pub(super) fn reserve(&mut self, ready: &Ready) -> Option<Reservation> {
+        let recorded = self.plan.as_ref()?.recorded(&ready.key);
+        let parent = recorded.map(|(_, parent)| parent);
+        let build = parent.and_then(|parent| self.builds.get(&parent));
+        let spender = match (build, parent) {
+            (Some(build), _) => Spender::Build(*build),
+            (None, parent) => Spender::Parent(parent?),
+        };
+        let budgets = &self.workshop.budgets;
+        match budgets.reserve(spender, ready.recorded, Instant::now()) {
+            Ok(reservation) => Some(reservation),
+            Err(flag) => {
+                let left_out = LeftOut::OverBudget(flag);
+                self.workshop.flights.leave_out(&left_out);
+                self.over_budget.insert(ready.key.clone(), left_out);
+                None
+            }
+        }
+    }
+
+    /// What is known of how predictions were used.
+    pub(super) async fn worth(&self) -> Worth {
+        let parents: Vec<WeakKey> = self.parents.keys().copied().collect();
+        let uses = self.workshop.uses.clone();
+        let wasted = task::blocking("uses of predictions", move || {
+            let wasted = parents.into_iter();
+            wasted.map(|parent| (parent, uses.wasted(parent))).collect()
+        });
+        Worth {
+            wasted: wasted.await.unwrap_or_default(),
+            overhead: self.workshop.flights.overhead(),
+        }
+    }
+
+    /// A client asks for `key`. If it was left out, predictions like it come back, and what was
+    /// left out with it is executed now; itself, too, unless the client does that already.
+    pub(super) async fn bring_back(&mut self, key: &FlightKey, with_itself: bool) {
+        let left_out = self.plan.as_ref().map(|plan| plan.left_out(key));
+        let left_out = left_out.unwrap_or_default();
+        if left_out.is_empty() {
+            return;
+        }
+        let uses = self.workshop.uses.clone();
+        task::blocking("uses of predictions", move || {
+            for (parent, prediction) in left_out {
+                uses.bring_back(parent, prediction);
+            }
+        })
+        .await;
+        let worth = self.worth().await;
+        let Some(plan) = &mut self.plan else { return };
+        let mut back = plan.judge_anew(worth);
+        back.retain(|ready| with_itself || ready.key != *key);
+        tracing::debug!(action = %key.action, actions = back.len(), "predictions come back");
+        self.launch(back);
+        self.report_verdicts(Trigger::Observed).await;
+    }
+
+    pub(super) async fn land(&mut self, landing: Landing, go_on: bool) {
+        let key = landing.key;
+        if let Some(reservation) = self.reserved.remove(&key)
+            && let Some(taken) = self.taken(&key, &landing.outcome)
+        {
+            reservation.settle(taken, Instant::now());
+        }
+        match landing.outcome {
+            Outcome::Primed(result) => {
+                self.tell_primed(&key).await;
+                self.complete(&key, Some(&result), go_on).await;
+            }
+            Outcome::Cached(result) => self.complete(&key, Some(&result), go_on).await,
+            Outcome::Failed => self.complete(&key, None, go_on).await,
+            // The client may yet execute it, and then it is observed.
+            Outcome::Abandoned => {}
+        }
+    }
+
+    /// How long a worker was busy with what has landed; `None` if it was not executed.
+    pub(super) fn taken(&self, key: &FlightKey, outcome: &Outcome) -> Option<Duration> {
+        match outcome {
+            Outcome::Primed(result) => Some(execution_time(result).unwrap_or_default()),
+            Outcome::Cached(_) => None,
+            Outcome::Failed | Outcome::Abandoned => {
+                let started = self.workshop.flights.record(key)?.flown().started_unix_ms?;
+                let taken = clock::now_unix_ms() - started;
+                Some(Duration::from_millis(taken.try_into().unwrap_or(0)))
+            }
+        }
+    }
+
+    /// Tells the engine for whom a result was primed.
+    pub(super) async fn tell_primed(&self, key: &FlightKey) {
+        if let Some(whom) = self.beneficiary(key) {
+            // The engine is told last of all, by a channel that it drains promptly.
+            let _ = self.workshop.news.send(News::Primed(whom)).await;
+        }
+    }
+
+    /// For whom `key` is executed. What no plan awaits any more is for the parent that began last.
+    pub(super) fn beneficiary(&self, key: &FlightKey) -> Option<Beneficiary> {
+        let recorded = self.plan.as_ref().and_then(|plan| plan.recorded(key));
+        let parent = recorded.map(|(_, parent)| parent);
+        let parent = parent.or_else(|| {
+            let latest = self.builds.iter().max_by_key(|(_, build)| **build);
+            latest.map(|(parent, _)| *parent)
+        })?;
+        let build = self.builds.get(&parent).copied();
+        Some(Beneficiary { parent, build })
+    }
+
+    pub(super) async fn complete(
+        &mut self,
+        key: &FlightKey,
+        result: Option<&ActionResult>,
+        go_on: bool,
+    ) {
+        let recorded = self.plan.as_ref().and_then(|plan| plan.recorded(key));
+        let Some((base, _)) = recorded else {
+            // Of a plan that was superseded.
+            return;
+        };
+        let directory = &base.working_directory;
+        let outputs = match result {
+            Some(result) => {
+                let (workshop, function) = (&self.workshop, key.action.function());
+                match output_files(workshop, &key.instance, function, directory, result).await {
+                    Ok(outputs) => Some(outputs),
+                    Err(status) => {
+                        tracing::debug!(action = %key.action, %status, "outputs cannot be read");
+                        None
+                    }
+                }
+            }
+            None => None,
+        };
+        if let Some(outputs) = &outputs {
+            self.results.insert(key.clone(), outputs.clone());
+        }
+        let Some(mut plan) = self.plan.take() else {
+            return;
+        };
+        let results = std::mem::take(&mut self.results);
+        let key = key.clone();
+        let advanced = task::blocking("planning", move || {
+            let ready = plan.complete(&key, outputs, &results);
+            (plan, ready, results)
+        })
+        .await;
+        let Some((plan, ready, results)) = advanced else {
+            return;
+        };
+        self.plan = Some(plan);
+        self.results = results;
+        self.report_unadaptable();
+        if go_on {
+            self.launch(ready);
+        }
+        self.report_verdicts(Trigger::Completed).await;
+    }
+}
