@@ -66,17 +66,18 @@ fn for_people(builds: &[BuildStatus]) -> String {
             Some(recall) => format!("{:.0} %", recall * 100.0),
             None => "-".to_owned(),
         };
+        let counts = &build.counts;
         let numbers = format!(
             "{id}  {} {took:>8} {:>5} {:>6} {:>5} {:>6} {:>6} {recall:>6} {:>8}  ",
             shown::date_and_time(build.started_unix_ms)
                 .get(5..16)
                 .unwrap_or_default(),
-            build.asked,
-            build.cached,
-            build.hit,
-            build.joined,
-            build.missed,
-            shown::duration(build.saved_ms),
+            counts.asked,
+            counts.cached,
+            counts.hit,
+            counts.joined,
+            counts.missed,
+            shown::duration(counts.saved_ms),
         );
         let room = shown::WIDTH.saturating_sub(numbers.chars().count());
         lines.push(numbers + &shown::cut(&build.label, room.max(12)));

@@ -104,9 +104,10 @@ impl Text {
         );
         self.lines
             .push(format!("build {id}  {when}  {took}  {label}"));
+        let counts = &build.counts;
         self.lines.push(format!(
             "{} asked: {} cached, {} hit, {} joined, {} missed",
-            build.asked, build.cached, build.hit, build.joined, build.missed
+            counts.asked, counts.cached, counts.hit, counts.joined, counts.missed
         ));
         if explanations.explanations.is_empty() {
             self.lines.push("This build missed nothing.".to_owned());

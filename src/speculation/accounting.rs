@@ -128,25 +128,11 @@ impl Accounting {
     }
 }
 
-/// What it is reckoned from.
-#[derive(Clone, Copy, Debug, Default)]
+/// How a build's questions for actions were answered, or those of several builds.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
 pub struct Counts {
-    /// Distinct actions that were asked for.
-    pub asked: u64,
-    /// Of these, answered without priming.
-    pub cached: u64,
-    /// Of these, answered by priming.
-    pub used: u64,
-    /// Results that were primed.
-    pub primed: u64,
-}
-
-/// All builds that are known, as if they were one.
-#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
-pub struct Totals {
-    /// How many builds there are.
-    pub count: u64,
-    /// Distinct actions of each that were asked for.
+    /// Distinct actions of each build that were asked for.
     pub asked: u64,
     /// Of these, answered from the action cache without primed's help.
     pub cached: u64,
@@ -160,8 +146,32 @@ pub struct Totals {
     pub primed: u64,
     /// Of these, how many were used.
     pub used: u64,
-    /// Execution time that clients were spared, in milliseconds.
+    /// Execution time that clients were spared, in milliseconds: that recorded of hits, and the
+    /// elapsed part of joins.
     pub saved_ms: u64,
+}
+
+impl AddAssign for Counts {
+    fn add_assign(&mut self, other: Self) {
+        self.asked += other.asked;
+        self.cached += other.cached;
+        self.hit += other.hit;
+        self.joined += other.joined;
+        self.missed += other.missed;
+        self.primed += other.primed;
+        self.used += other.used;
+        self.saved_ms += other.saved_ms;
+    }
+}
+
+/// All builds that are known, as if they were one.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct Totals {
+    /// How many builds there are.
+    pub count: u64,
+    /// What they asked for, together.
+    #[serde(flatten)]
+    pub counts: Counts,
     /// The ratios; leads are the builds' own and are not added up.
     #[serde(flatten)]
     pub accounting: Accounting,
@@ -173,23 +183,10 @@ impl Totals {
         let mut totals = Totals::default();
         for build in builds {
             totals.count += 1;
-            totals.asked += build.asked;
-            totals.cached += build.cached;
-            totals.hit += build.hit;
-            totals.joined += build.joined;
-            totals.missed += build.missed;
-            totals.primed += build.primed;
-            totals.used += build.used;
-            totals.saved_ms += build.saved_ms;
+            totals.counts += build.counts;
             totals.accounting.add_costs(&build.accounting);
         }
-        let counts = Counts {
-            asked: totals.asked,
-            cached: totals.cached,
-            used: totals.used,
-            primed: totals.primed,
-        };
-        let ratios = Accounting::of(&counts, leads, Duration::ZERO);
+        let ratios = Accounting::of(&totals.counts, leads, Duration::ZERO);
         totals.accounting.recall = ratios.recall;
         totals.accounting.precision = ratios.precision;
         totals.accounting.lead_p50_ms = ratios.lead_p50_ms;
@@ -280,6 +277,7 @@ mod tests {
             cached: 2,
             used: 6,
             primed: 4,
+            ..Counts::default()
         };
         let some = Accounting::of(&counts, &Leads::default(), Duration::from_secs(2));
         assert_eq!((some.recall, some.precision), (Some(0.75), Some(1.0)));

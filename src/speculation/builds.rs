@@ -202,36 +202,39 @@ impl Build {
         }
         let journal = std::mem::take(&mut self.journal);
         self.wasted = journal.wasted();
+        let span = std::mem::replace(&mut self.span, tracing::Span::none());
+        let counts = self.counts();
+        span.record("asked", counts.asked)
+            .record("cached", counts.cached)
+            .record("hit", counts.hit)
+            .record("joined", counts.joined)
+            .record("missed", counts.missed)
+            .record("primed", counts.primed);
+        (std::mem::take(&mut self.subactions), journal)
+    }
+
+    fn counts(&self) -> Counts {
         let Tally {
             cached,
             hit,
             joined,
             missed,
         } = self.tally;
-        let span = std::mem::replace(&mut self.span, tracing::Span::none());
-        span.record("asked", self.tally.all())
-            .record("cached", cached)
-            .record("hit", hit)
-            .record("joined", joined)
-            .record("missed", missed)
-            .record("primed", self.primed);
-        (std::mem::take(&mut self.subactions), journal)
+        Counts {
+            asked: self.tally.all(),
+            cached,
+            hit,
+            joined,
+            missed,
+            primed: self.primed,
+            used: hit + joined,
+            saved_ms: millis(self.saved),
+        }
     }
 
     /// What `primed status` shows of it.
     pub fn status(&self) -> BuildStatus {
-        let Tally {
-            cached,
-            hit,
-            joined,
-            missed,
-        } = self.tally;
-        let counts = Counts {
-            asked: self.tally.all(),
-            cached,
-            used: hit + joined,
-            primed: self.primed,
-        };
+        let counts = self.counts();
         let wasted = match self.ended_unix_ms {
             Some(_) => self.wasted,
             None => self.journal.wasted(),
@@ -253,14 +256,7 @@ impl Build {
             label: self.caller.label(),
             started_unix_ms: self.started_unix_ms,
             ended_unix_ms: self.ended_unix_ms,
-            asked: self.tally.all(),
-            cached,
-            hit,
-            joined,
-            missed,
-            primed: self.primed,
-            used: hit + joined,
-            saved_ms: millis(self.saved),
+            counts,
             accounting,
         }
     }
@@ -279,22 +275,9 @@ pub struct BuildStatus {
     pub started_unix_ms: i64,
     /// Milliseconds since 1970; `None` while it runs.
     pub ended_unix_ms: Option<i64>,
-    /// Distinct actions that the client asked for.
-    pub asked: u64,
-    /// Of these, answered from the action cache without primed's help.
-    pub cached: u64,
-    /// Answered by a primed result.
-    pub hit: u64,
-    /// Attached to a speculative execution in flight.
-    pub joined: u64,
-    /// Left to the client.
-    pub missed: u64,
-    /// Results that were primed for it.
-    pub primed: u64,
-    /// Of these, how many it used.
-    pub used: u64,
-    /// Recorded execution time of hits, and the elapsed part of joins.
-    pub saved_ms: u64,
+    /// What it asked for, and what was primed for it.
+    #[serde(flatten)]
+    pub counts: Counts,
     /// What that makes of it.
     #[serde(flatten)]
     pub accounting: Accounting,
@@ -339,9 +322,10 @@ mod tests {
             build.end(1);
             build.status()
         }] {
-            assert_eq!((status.asked, status.cached), (3, 0));
-            assert_eq!((status.hit, status.joined, status.missed), (1, 1, 1));
-            assert_eq!((status.used, status.saved_ms), (2, 2000));
+            let counts = status.counts;
+            assert_eq!((counts.asked, counts.cached), (3, 0));
+            assert_eq!((counts.hit, counts.joined, counts.missed), (1, 1, 1));
+            assert_eq!((counts.used, counts.saved_ms), (2, 2000));
         }
     }
 }

@@ -129,7 +129,7 @@ pub async fn explain(library: &Library, question: &Question) -> Result<Explanati
         let page = match &question.build {
             Some(prefix) => library.find(prefix).await?,
             None => {
-                let latest = library.builds.iter().find(|build| build.asked > 0);
+                let latest = library.builds.iter().find(|build| build.counts.asked > 0);
                 library
                     .page(&latest.ok_or(ExplainError::NoBuild)?.id)
                     .await?

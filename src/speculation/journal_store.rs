@@ -331,7 +331,7 @@ fn read_shelf(directory: &Path) -> Shelf {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::speculation::accounting::Accounting;
+    use crate::speculation::accounting::{Accounting, Counts};
 
     fn page(number: usize) -> Page {
         let build = BuildStatus {
@@ -340,14 +340,11 @@ mod tests {
             label: "make in /p".to_owned(),
             started_unix_ms: 1,
             ended_unix_ms: Some(2),
-            asked: 1,
-            cached: 1,
-            hit: 0,
-            joined: 0,
-            missed: 0,
-            primed: 0,
-            used: 0,
-            saved_ms: 0,
+            counts: Counts {
+                asked: 1,
+                cached: 1,
+                ..Counts::default()
+            },
             accounting: Accounting::default(),
         };
         Page {

@@ -126,13 +126,14 @@ fn text(page: &RunPage) -> String {
     let Some(build) = &page.build else {
         return String::new();
     };
+    let counts = &build.counts;
     let mut text = format!(
         "primed: {} primed, {} hit, {} joined, {} missed, saved {}",
-        build.primed,
-        build.hit,
-        build.joined,
-        build.missed,
-        seconds(build.saved_ms)
+        counts.primed,
+        counts.hit,
+        counts.joined,
+        counts.missed,
+        seconds(counts.saved_ms)
     );
     if page.queued + page.running > 0 {
         text.push_str(&format!(

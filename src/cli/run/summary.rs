@@ -7,22 +7,23 @@ pub fn sentence(build: Option<&BuildStatus>) -> String {
     let Some(build) = build else {
         return "it is not known how the command was answered; primed stopped meanwhile".to_owned();
     };
-    if build.asked == 0 {
+    let counts = &build.counts;
+    if counts.asked == 0 {
         return "the command asked for no action; if it compiled anything, have it call recc: \
                 with --recc, if it heeds CC and CXX, or with make CC='recc cc'"
             .to_owned();
     }
-    let plural = if build.asked == 1 { "" } else { "s" };
+    let plural = if counts.asked == 1 { "" } else { "s" };
     let mut sentence = format!(
         "{} action{plural}: {} cached, {} hit, {} joined, {} missed; saved {}",
-        build.asked,
-        build.cached,
-        build.hit,
-        build.joined,
-        build.missed,
-        seconds(build.saved_ms)
+        counts.asked,
+        counts.cached,
+        counts.hit,
+        counts.joined,
+        counts.missed,
+        seconds(counts.saved_ms)
     );
-    if build.missed > 0 {
+    if counts.missed > 0 {
         sentence.push_str("; explain with: primed explain --last-missed");
     }
     sentence
@@ -36,6 +37,7 @@ pub fn seconds(ms: u64) -> String {
 #[cfg(test)]
 pub mod tests {
     use super::*;
+    use crate::speculation::accounting::Counts;
 
     pub fn build() -> BuildStatus {
         BuildStatus {
@@ -44,14 +46,16 @@ pub mod tests {
             label: "make in /p".to_owned(),
             started_unix_ms: 0,
             ended_unix_ms: None,
-            asked: 40,
-            cached: 2,
-            hit: 36,
-            joined: 1,
-            missed: 1,
-            primed: 38,
-            used: 37,
-            saved_ms: 31_270,
+            counts: Counts {
+                asked: 40,
+                cached: 2,
+                hit: 36,
+                joined: 1,
+                missed: 1,
+                primed: 38,
+                used: 37,
+                saved_ms: 31_270,
+            },
             accounting: Default::default(),
         }
     }
@@ -64,13 +68,16 @@ pub mod tests {
             "40 actions: 2 cached, 36 hit, 1 joined, 1 missed; saved 31.2 s; explain with: primed \
              explain --last-missed"
         );
-        (build.asked, build.cached, build.missed) = (1, 0, 0);
-        (build.hit, build.joined) = (1, 0);
+        build.counts = Counts {
+            asked: 1,
+            hit: 1,
+            ..Counts::default()
+        };
         assert_eq!(
             sentence(Some(&build)),
-            "1 action: 0 cached, 1 hit, 0 joined, 0 missed; saved 31.2 s"
+            "1 action: 0 cached, 1 hit, 0 joined, 0 missed; saved 0.0 s"
         );
-        build.asked = 0;
+        build.counts.asked = 0;
         assert!(sentence(Some(&build)).contains("--recc"));
     }
 }
