@@ -8,10 +8,12 @@
 mod client;
 mod load;
 mod mix;
+mod pipe;
 mod process;
 mod reapi;
 mod report;
 mod server;
+mod threads;
 mod tuning;
 
 use std::process::ExitCode;
@@ -42,6 +44,8 @@ struct Cli {
 enum Command {
     /// Answers lookups and other small calls, sends blobs, swallows uploads.
     Server(server::Server),
+    /// Passes bytes on and understands nothing: what any proxy costs.
+    Pipe(pipe::Pipe),
     /// Puts the results that lookups ask for into a backend.
     Seed(load::Seed),
     /// Measures one thing once and prints it as a line of JSON.
@@ -55,6 +59,7 @@ enum Command {
 fn main() -> ExitCode {
     let done = match Cli::parse().command {
         Some(Command::Server(server)) => server.run(),
+        Some(Command::Pipe(pipe)) => pipe.run(),
         Some(Command::Seed(seed)) => seed.run(),
         Some(Command::Load(load)) => load.run(),
         Some(Command::Mix(mix)) => mix.run(),

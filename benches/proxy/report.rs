@@ -211,7 +211,9 @@ const fn stream(label: &'static str, figure: &'static str, floors: &'static [Flo
 }
 
 /// The columns, in this order, as far as they were measured.
-const SUBJECTS: &[&str] = &["direct", "primed", "none", "nginx", "haproxy", "casd"];
+const SUBJECTS: &[&str] = &[
+    "direct", "primed", "none", "pipe", "nginx", "haproxy", "casd",
+];
 
 /// The values of one row: by subject, by round.
 type Values<'a> = BTreeMap<&'a str, BTreeMap<u64, f64>>;

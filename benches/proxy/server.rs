@@ -2,21 +2,19 @@
 
 use std::collections::HashMap;
 use std::future::poll_fn;
-use std::os::unix::net::{UnixListener, UnixStream};
+use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::task::Poll;
-use std::thread;
 
 use bytes::Bytes;
 use h2::server::SendResponse;
 use h2::{RecvStream, SendStream};
 use http::{HeaderMap, HeaderName, HeaderValue, Request, Response};
 use primed::digest::Digest;
-use tokio::sync::mpsc;
 
 use crate::tuning::{HEADER_LIST, RESETS, STREAMS, Tuning};
-use crate::{Result, reapi};
+use crate::{Result, reapi, threads};
 
 #[derive(clap::Args)]
 pub struct Server {
@@ -44,34 +42,10 @@ impl Server {
             capabilities: reapi::capabilities_answer(),
             blobs: reapi::seeded_blobs(),
         });
-        let listener = UnixListener::bind(&self.listen)?;
-        let mut workers = Vec::new();
-        for _ in 0..self.threads.max(1) {
-            let (connections, accepted) = mpsc::channel(1024);
-            let runtime = tokio::runtime::Builder::new_current_thread()
-                .enable_all()
-                .build()?;
-            let (tuning, answers) = (self.tuning, answers.clone());
-            thread::Builder::new()
-                .spawn(move || runtime.block_on(serve(accepted, tuning, answers)))?;
-            workers.push(connections);
-        }
-        for (accepted, turn) in listener.incoming().zip((0..workers.len()).cycle()) {
-            let socket = accepted?;
-            socket.set_nonblocking(true)?;
-            workers[turn].blocking_send(socket)?;
-        }
-        Ok(())
-    }
-}
-
-async fn serve(mut accepted: mpsc::Receiver<UnixStream>, tuning: Tuning, answers: Arc<Answers>) {
-    while let Some(socket) = accepted.recv().await {
-        let answers = answers.clone();
-        primed::task::spawn("connection", async move {
-            // A peer that goes away ends its connection, and that is all.
-            let _ = connection(socket, tuning, answers).await;
-        });
+        let tuning = self.tuning;
+        threads::serve(&self.listen, self.threads, move |socket| {
+            connection(socket, tuning, answers.clone())
+        })
     }
 }
 
