@@ -7,7 +7,7 @@ use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll, ready};
 
-use bytes::{BufMut, Bytes, BytesMut};
+use bytes::{Buf, BufMut, Bytes, BytesMut};
 use parking_lot::Mutex;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio_util::io::poll_read_buf;
@@ -31,11 +31,16 @@ const LARGE: usize = 2 * 1024;
 const BETWEEN: usize = 1024;
 /// How often it is read before other tasks have their turn.
 const TURNS: usize = 8;
+/// How far into its memory data begins. Large pieces of memory begin with a page, and so does what
+/// the system keeps of a message of 64 KiB and some bytes, for all but those bytes. To copy to a
+/// place that lies one to fifteen bytes further into its page than what is copied takes AMD's
+/// processors three times as long.
+const INDENT: usize = 512;
 
 thread_local! {
     /// What connections of this thread read into: between reads none of them holds more than the
     /// beginning of a frame.
-    static BUFFER: RefCell<Box<[u8]>> = RefCell::new(vec![0; READ].into());
+    static BUFFER: RefCell<Box<[u8]>> = RefCell::new(vec![0; INDENT + READ].into());
 }
 
 /// A call that a client makes.
@@ -242,6 +247,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
             return Poll::Ready(Ok(read));
         }
         BUFFER.with_borrow_mut(|buffer| {
+            let buffer = &mut buffer[INDENT..];
             let (held, limit) = match &self.reading {
                 Reading::Some(held) => (&held[..], READ),
                 Reading::Between => (&[][..], BETWEEN),
@@ -291,7 +297,9 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
             }
             let Some((payload, others)) = there.split_at_checked(header.length) else {
                 if header.length > LARGE {
-                    let mut payload = BytesMut::with_capacity(header.length + BETWEEN);
+                    let mut payload = BytesMut::with_capacity(INDENT + header.length + BETWEEN);
+                    payload.put_bytes(0, INDENT);
+                    payload.advance(INDENT);
                     payload.extend_from_slice(there);
                     self.reading = Reading::Large(header, payload);
                     return;
