@@ -44,7 +44,7 @@ impl State {
 
     /// An action parent has been asked for: it is primed with all that depends on it. If it is
     /// executed, its build begins.
-    pub(super) fn open_parent(&mut self, found: FoundParent) {
+    fn open_parent(&mut self, found: FoundParent) {
         let FoundParent {
             origin,
             key,
@@ -115,7 +115,7 @@ impl State {
         }
     }
 
-    pub(super) fn close_parent(&mut self, parent: &FlightKey, outputs: Option<Arc<Outputs>>) {
+    fn close_parent(&mut self, parent: &FlightKey, outputs: Option<Arc<Outputs>>) {
         let (closed, rest) = self.nested.close(parent);
         for answered in rest {
             self.attributed(answered, None);

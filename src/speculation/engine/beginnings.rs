@@ -65,13 +65,13 @@ impl State {
 
     /// Whether a client that works on this parent hashes so, until a call says otherwise: it did
     /// last.
-    pub(super) fn is_latest(&self, known: &KnownParent) -> bool {
+    fn is_latest(&self, known: &KnownParent) -> bool {
         let mut others = self.parents.values();
         !others.any(|other| other.is_rehashed(known))
     }
 
     /// The priming of an invocation, which is started if there is none.
-    pub(super) fn priming_of(&mut self, key: WeakKey) -> &Priming {
+    fn priming_of(&mut self, key: WeakKey) -> &Priming {
         let workshop = &self.workshop;
         let priming = self.primings.entry(Group::Invocation(key));
         priming.or_insert_with_key(|group| Priming::start(group, workshop.clone()))
@@ -113,7 +113,7 @@ impl State {
     }
 
     /// Has the end of a process end its build.
-    pub(super) fn watch(&self, process: &Process, key: &BuildKey) {
+    fn watch(&self, process: &Process, key: &BuildKey) {
         let exited = self.exited.clone();
         let key = key.clone();
         match process.watch() {

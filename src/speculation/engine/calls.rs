@@ -37,11 +37,7 @@ impl State {
     }
 
     /// The build on whose behalf a call was made.
-    pub(super) fn build_for(
-        &mut self,
-        origin: &CallOrigin,
-        parent: Option<&FlightKey>,
-    ) -> &mut Build {
+    fn build_for(&mut self, origin: &CallOrigin, parent: Option<&FlightKey>) -> &mut Build {
         let key = parent.map(|parent| BuildKey::Action(parent.clone()));
         match key.filter(|key| self.open.contains_key(key)) {
             // The entry is there; to look again is what the borrow checker wants.
@@ -56,7 +52,7 @@ impl State {
         }
     }
 
-    pub(super) fn lookup(&mut self, call: Box<Call>, parent: Option<&FlightKey>) {
+    fn lookup(&mut self, call: Box<Call>, parent: Option<&FlightKey>) {
         const OK: u32 = tonic::Code::Ok as u32;
         const NOT_FOUND: u32 = tonic::Code::NotFound as u32;
         match call.answer.status {
@@ -77,7 +73,7 @@ impl State {
         }
     }
 
-    pub(super) fn execution(&mut self, call: Box<Call>, parent: Option<&FlightKey>) {
+    fn execution(&mut self, call: Box<Call>, parent: Option<&FlightKey>) {
         let (result, ended) = match call.answer.executed() {
             Ok(result) => (Some(result), true),
             Err(NotExecuted { reason, may_go_on }) => {
@@ -108,7 +104,7 @@ impl State {
     }
 
     /// Counts an answered call and keeps the action for recording.
-    pub(super) fn asked_for(
+    fn asked_for(
         &mut self,
         call: Box<Call>,
         result: Option<ActionResult>,
@@ -177,7 +173,7 @@ impl State {
     }
 
     /// Tells the priming of those on whose behalf `key` was asked for.
-    pub(super) fn tell_priming(
+    fn tell_priming(
         &self,
         caller: &Caller,
         key: &FlightKey,

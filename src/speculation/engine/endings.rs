@@ -94,7 +94,7 @@ impl State {
     }
 
     /// Has it counted which of the predictions for a build that has ended were of use.
-    pub(super) fn judge_predictions(&self, journal: Arc<Journal>) {
+    fn judge_predictions(&self, journal: Arc<Journal>) {
         let uses = self.workshop.uses.clone();
         let activity = self.workshop.activities.begin();
         task::spawn("uses of predictions", async move {
@@ -104,7 +104,7 @@ impl State {
     }
 
     /// Has the journal of a build that has ended kept.
-    pub(super) fn keep_journal(&self, build: BuildStatus, journal: Arc<Journal>, is_final: bool) {
+    fn keep_journal(&self, build: BuildStatus, journal: Arc<Journal>, is_final: bool) {
         let fresh = Fresh { build, journal };
         let activity = self.workshop.activities.begin();
         self.workshop.journals.announce(fresh.clone());

@@ -138,7 +138,7 @@ impl State {
         }
     }
 
-    pub(super) fn answer_run(&mut self, request: runs::Request) {
+    fn answer_run(&mut self, request: runs::Request) {
         // Whoever asked may have gone.
         match request {
             runs::Request::Open(run, reply) => drop(reply.send(self.open_run(run))),
@@ -161,7 +161,7 @@ impl State {
     }
 
     /// Opens a run, and has it primed before its command has begun.
-    pub(super) fn open_run(&mut self, run: OpenRun) -> OpenedRun {
+    fn open_run(&mut self, run: OpenRun) -> OpenedRun {
         let caller = self.callers.runs.open(run, self.builds + 1);
         let mut build = self.begin(Arc::new(caller));
         if let BuildKey::Run(id) = &build.caller.key {
@@ -203,7 +203,7 @@ impl State {
     }
 
     /// The same, and those of earlier runs of the daemon.
-    pub(super) fn all_builds(&self) -> Vec<BuildStatus> {
+    fn all_builds(&self) -> Vec<BuildStatus> {
         let mut builds: Vec<BuildStatus> = self.builds().into_iter().map(Build::status).collect();
         let mut kept = self.workshop.journals.list();
         kept.retain(|kept| !builds.iter().any(|known| known.id == kept.id));
@@ -212,7 +212,7 @@ impl State {
     }
 
     /// The journals of all builds; of those that are open, the ones whose ids begin with `prefix`.
-    pub(super) fn library(&self, prefix: &str) -> Library {
+    fn library(&self, prefix: &str) -> Library {
         let open = self.open.values();
         let open = open.filter(|build| build.id.starts_with(prefix));
         let open = open.map(|build| {

@@ -67,7 +67,7 @@ impl Worker {
     }
 
     /// Sets aside what an execution may take. `None` if there is no budget for it.
-    pub(super) fn reserve(&mut self, ready: &Ready) -> Option<Reservation> {
+    fn reserve(&mut self, ready: &Ready) -> Option<Reservation> {
         let recorded = self.plan.as_ref()?.recorded(&ready.key);
         let parent = recorded.map(|(_, parent)| parent);
         let build = parent.and_then(|parent| self.builds.get(&parent));
@@ -145,7 +145,7 @@ impl Worker {
     }
 
     /// How long a worker was busy with what has landed; `None` if it was not executed.
-    pub(super) fn taken(&self, key: &FlightKey, outcome: &Outcome) -> Option<Duration> {
+    fn taken(&self, key: &FlightKey, outcome: &Outcome) -> Option<Duration> {
         match outcome {
             Outcome::Primed(result) => Some(execution_time(result).unwrap_or_default()),
             Outcome::Cached(_) => None,
@@ -158,7 +158,7 @@ impl Worker {
     }
 
     /// Tells the engine for whom a result was primed.
-    pub(super) async fn tell_primed(&self, key: &FlightKey) {
+    async fn tell_primed(&self, key: &FlightKey) {
         if let Some(whom) = self.beneficiary(key) {
             // The engine is told last of all, by a channel that it drains promptly.
             let _ = self.workshop.news.send(News::Primed(whom)).await;
@@ -166,7 +166,7 @@ impl Worker {
     }
 
     /// For whom `key` is executed. What no plan awaits any more is for the parent that began last.
-    pub(super) fn beneficiary(&self, key: &FlightKey) -> Option<Beneficiary> {
+    fn beneficiary(&self, key: &FlightKey) -> Option<Beneficiary> {
         let recorded = self.plan.as_ref().and_then(|plan| plan.recorded(key));
         let parent = recorded.map(|(_, parent)| parent);
         let parent = parent.or_else(|| {

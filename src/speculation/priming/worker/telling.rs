@@ -48,7 +48,7 @@ impl Worker {
     }
 
     /// What made primed plan for a parent: what did so for all of them may be about others.
-    pub(super) fn trigger_for(&self, verdict: &Verdict, trigger: Trigger) -> Trigger {
+    fn trigger_for(&self, verdict: &Verdict, trigger: Trigger) -> Trigger {
         let parent = &verdict.parent;
         match trigger {
             Trigger::Completed | Trigger::Observed => trigger,
