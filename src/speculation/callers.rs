@@ -10,7 +10,7 @@ use http::HeaderValue;
 
 use super::flights::FlightKey;
 use super::observation::CallOrigin;
-use super::parent::{ActionParent, ParentIdentity, ParentKind};
+use super::parent::{ActionParent, ParentIdentity, ParentKind, WeakKey};
 use super::runs::Runs;
 use crate::cas::DigestFunction;
 use crate::quick_map::QuickMap;
@@ -201,6 +201,7 @@ pub struct Callers {
     /// looked at belongs where others of its invocation did.
     by_invocation: HashMap<String, Arc<Caller>>,
     latest: Option<Latest>,
+    latest_parent: Option<LatestParent>,
     /// The runs that clients may belong to.
     pub runs: Runs,
 }
@@ -220,6 +221,15 @@ struct Latest {
     metadata: Option<HeaderValue>,
     identified: Instant,
     caller: Arc<Caller>,
+}
+
+/// The parent that the last call belongs to: most often the next one does, too, and what it is
+/// recorded under takes a hash to find out.
+struct LatestParent {
+    caller: Arc<Caller>,
+    instance: Arc<str>,
+    digest_function: DigestFunction,
+    key: WeakKey,
 }
 
 /// For how long a process id is surely the same process's.
@@ -254,6 +264,7 @@ impl Callers {
             by_connection: QuickMap::default(),
             by_invocation: HashMap::new(),
             latest: None,
+            latest_parent: None,
             runs: Runs::default(),
         }
     }
@@ -320,6 +331,30 @@ impl Callers {
         caller
     }
 
+    /// What the parent that `caller`'s calls belong to is recorded under; see `Caller::parent`.
+    pub fn parent_key(
+        &mut self,
+        caller: &Arc<Caller>,
+        instance: &Arc<str>,
+        digest_function: DigestFunction,
+    ) -> WeakKey {
+        if let Some(latest) = &self.latest_parent
+            && Arc::ptr_eq(&latest.caller, caller)
+            && latest.instance == *instance
+            && latest.digest_function == digest_function
+        {
+            return latest.key;
+        }
+        let key = caller.parent(instance, digest_function).weak_key();
+        self.latest_parent = Some(LatestParent {
+            caller: caller.clone(),
+            instance: instance.clone(),
+            digest_function,
+            key,
+        });
+        key
+    }
+
     /// A connection has ended.
     pub fn forget_connection(&mut self, peer: u64) {
         self.by_connection.remove(&peer);
@@ -334,6 +369,7 @@ impl Callers {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::collections::HashSet;
     use std::path::Path;
 
     use base64::Engine as _;
@@ -389,6 +425,38 @@ mod tests {
             ..parent
         };
         assert!(!caller.works_on(&of_another_user));
+    }
+
+    #[test]
+    fn the_key_of_a_parent_is_that_of_its_caller_and_instance_whoever_called_before() {
+        let mut callers = Callers::new();
+        let [one, other] = [tcp_peer("192.0.2.1:1"), tcp_peer("192.0.2.2:2")].map(|peer| {
+            let origin = CallOrigin {
+                peer: Arc::new(peer),
+                metadata: None,
+            };
+            callers.of(&origin, |_| false)
+        });
+        let other = Arc::new(Caller {
+            tool: "another".to_owned(),
+            ..(*other).clone()
+        });
+        let calls = [
+            (&one, "", SHA256),
+            (&one, "", SHA256),
+            (&other, "", SHA256),
+            (&other, "debug", SHA256),
+            (&other, "debug", DigestFunction::Blake3),
+            (&one, "", SHA256),
+        ];
+        let keys = calls.map(|(caller, instance, function)| {
+            let instance = instance.into();
+            let key = callers.parent_key(caller, &instance, function);
+            assert_eq!(key, caller.parent(&instance, function).weak_key());
+            key
+        });
+        assert_eq!(keys[0], keys[5]);
+        assert_eq!(keys.iter().collect::<HashSet<_>>().len(), 4);
     }
 
     #[test]

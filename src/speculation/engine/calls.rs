@@ -174,8 +174,8 @@ impl State {
 
     /// Tells the priming of those on whose behalf `key` was asked for.
     fn tell_priming(
-        &self,
-        caller: &Caller,
+        &mut self,
+        caller: &Arc<Caller>,
         key: &FlightKey,
         parent: Option<&FlightKey>,
         message: impl FnOnce() -> Message,
@@ -187,7 +187,7 @@ impl State {
             Some(group) => group.clone(),
             None => {
                 let function = key.action.function();
-                Group::Invocation(caller.parent(&key.instance, function).weak_key())
+                Group::Invocation(self.callers.parent_key(caller, &key.instance, function))
             }
         };
         if let Some(priming) = self.primings.get(&group) {
