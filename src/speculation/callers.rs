@@ -331,13 +331,10 @@ impl Callers {
         caller
     }
 
-    /// What the parent that `caller`'s calls belong to is recorded under; see `Caller::parent`.
-    pub fn parent_key(
-        &mut self,
-        caller: &Arc<Caller>,
-        instance: &Arc<str>,
-        digest_function: DigestFunction,
-    ) -> WeakKey {
+    /// What the parent that `caller`'s calls about `key` belong to is recorded under; see
+    /// `Caller::parent`.
+    pub fn weak_key(&mut self, caller: &Arc<Caller>, key: &FlightKey) -> WeakKey {
+        let (instance, digest_function) = (&key.instance, key.action.function());
         if let Some(latest) = &self.latest_parent
             && Arc::ptr_eq(&latest.caller, caller)
             && latest.instance == *instance
@@ -450,8 +447,12 @@ mod tests {
             (&one, "", SHA256),
         ];
         let keys = calls.map(|(caller, instance, function)| {
-            let instance = instance.into();
-            let key = callers.parent_key(caller, &instance, function);
+            let instance: Arc<str> = instance.into();
+            let about = FlightKey {
+                instance: instance.clone(),
+                action: function.of(b"action"),
+            };
+            let key = callers.weak_key(caller, &about);
             assert_eq!(key, caller.parent(&instance, function).weak_key());
             key
         });

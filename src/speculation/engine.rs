@@ -24,14 +24,14 @@ use super::budgets::Budgets;
 use super::builds::Build;
 pub use super::builds::BuildStatus;
 use super::callers::{BuildKey, Caller, Callers};
-use super::flights::{FlightKey, Flights};
+use super::flights::Flights;
 use super::journal::{Journal, Room};
 use super::journal_store::JournalStore;
 use super::labels::Names;
 use super::nested::{Answered, Nested};
 use super::observation::{CallOrigin, Observation};
 use super::operations::operations;
-use super::parent::{ParentIdentity, ParentKind, WeakKey};
+use super::parent::{ParentKind, WeakKey};
 use super::priming::{Group, Message, Priming};
 use super::recorder::{self, Recorded};
 use super::share::Sharing;
@@ -329,7 +329,8 @@ impl State {
             }
             Observation::Executing { origin, key } => {
                 self.nested.ask(&origin, &key, true);
-                let (parent, _) = self.asked_by(&origin, &key);
+                let (caller, _) = self.asked_by(&origin);
+                let parent = self.callers.weak_key(&caller, &key);
                 self.tell_primings(parent, || Message::Executing { key: key.clone() });
             }
             Observation::Lookup(call) => self.answered(Answered::Lookup(call)),
@@ -338,8 +339,9 @@ impl State {
                 if self.has_action_parents(&key.instance) {
                     self.nested.ask(&origin, &key, false);
                 }
-                let (parent, build) = self.asked_by(&origin, &key);
-                self.begin_asked(parent.clone(), build);
+                let (caller, build) = self.asked_by(&origin);
+                let parent = self.callers.weak_key(&caller, &key);
+                self.begin_asked(parent, &caller, &key, build);
                 let (asked, reply) = (Instant::now(), Arc::new(reply));
                 self.tell_primings(parent, || Message::Question {
                     key: key.clone(),
@@ -355,14 +357,11 @@ impl State {
         }
     }
 
-    /// The parent that a call about `key` belongs to if it is for no other action, and the number
-    /// of its build.
-    fn asked_by(&mut self, origin: &CallOrigin, key: &FlightKey) -> (ParentIdentity, u64) {
+    /// Whose parent a call belongs to if it is for no other action, and the number of its build.
+    fn asked_by(&mut self, origin: &CallOrigin) -> (Arc<Caller>, u64) {
         let client = self.client_in_run(origin);
         let build = self.build_of(origin);
-        let caller = client.as_ref().unwrap_or(&build.caller);
-        let function = key.action.function();
-        (caller.parent(&key.instance, function), build.number)
+        (client.unwrap_or_else(|| build.caller.clone()), build.number)
     }
 
     /// Who calls, if it belongs to a run.
@@ -376,8 +375,8 @@ impl State {
     }
 
     /// Tells the priming of `parent`, and those of all open action parents, what a call is about.
-    fn tell_primings(&self, parent: ParentIdentity, message: impl Fn() -> Message) {
-        let own = Group::Invocation(parent.weak_key());
+    fn tell_primings(&self, parent: WeakKey, message: impl Fn() -> Message) {
+        let own = Group::Invocation(parent);
         let open = self.nested.open().map(|(_, open)| &open.group);
         for group in open.chain([&own]) {
             if let Some(priming) = self.primings.get(group) {

@@ -9,8 +9,9 @@ use super::State;
 use crate::clock;
 use crate::speculation::builds::Build;
 use crate::speculation::callers::{BuildKey, Caller};
+use crate::speculation::flights::FlightKey;
 use crate::speculation::observation::CallOrigin;
-use crate::speculation::parent::{ParentIdentity, WeakKey};
+use crate::speculation::parent::WeakKey;
 use crate::speculation::priming::{Group, Message, Priming};
 use crate::speculation::store::KnownParent;
 use crate::task;
@@ -93,19 +94,25 @@ impl State {
         }
     }
 
-    /// Has a build primed that asks for something of this parent, if that was not foreseen when it
-    /// began; by what others have shared, if nothing is recorded here.
-    pub(super) fn begin_asked(&mut self, parent: ParentIdentity, build: u64) {
-        let key = parent.weak_key();
-        let is_recorded = self.parents.contains_key(&key);
+    /// Has a build primed whose `caller` asks for `key`, an action of this parent, if that was not
+    /// foreseen when it began; by what others have shared, if nothing is recorded here.
+    pub(super) fn begin_asked(
+        &mut self,
+        parent: WeakKey,
+        caller: &Caller,
+        key: &FlightKey,
+        build: u64,
+    ) {
+        let is_recorded = self.parents.contains_key(&parent);
         let others_may_know = self.workshop.sharing.is_some();
         if self.callers.runs.leaves_alone(build) || !is_recorded && !others_may_know {
             return;
         }
-        if let Entry::Vacant(new) = self.primings.entry(Group::Invocation(key)) {
+        if let Entry::Vacant(new) = self.primings.entry(Group::Invocation(parent)) {
             let priming = Priming::start(new.key(), self.workshop.clone());
             if !is_recorded {
-                priming.tell(Message::Unrecorded(Box::new(parent)));
+                let identity = caller.parent(&key.instance, key.action.function());
+                priming.tell(Message::Unrecorded(Box::new(identity)));
             }
             priming.tell(Message::Begin(build));
             new.insert(priming);

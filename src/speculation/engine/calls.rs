@@ -185,10 +185,7 @@ impl State {
         }
         let group = match parent.and_then(|parent| self.nested.group(parent)) {
             Some(group) => group.clone(),
-            None => {
-                let function = key.action.function();
-                Group::Invocation(self.callers.parent_key(caller, &key.instance, function))
-            }
+            None => Group::Invocation(self.callers.weak_key(caller, key)),
         };
         if let Some(priming) = self.primings.get(&group) {
             priming.tell(message());

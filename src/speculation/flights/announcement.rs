@@ -48,11 +48,7 @@ impl Announcement {
             return;
         };
         flight.ready = Some(urgency);
-        if flight.wanted {
-            state.wanted.push_back(self.key.clone());
-        } else {
-            state.queue(urgency, self.key.clone());
-        }
+        state.queue(urgency, self.key.clone());
         drop(state);
         self.flights.changed.notify_one();
     }

@@ -112,10 +112,7 @@ impl Departure {
         flight.gave_way += 1;
         flight.record.queue_again();
         flight.stage.send_replace(Stage::Queued);
-        match flight.wanted {
-            true => state.wanted.push_back(self.key.clone()),
-            false => state.queue(urgency, self.key.clone()),
-        }
+        state.queue(urgency, self.key.clone());
         state.counts.gave_way += 1;
         state.lands(self.number);
         self.ended = true;

@@ -87,10 +87,14 @@ impl State {
         }
     }
 
-    /// Puts a flight that may start into the queue; or holds it back, if nobody who is trusted has
-    /// announced it.
+    /// Puts a flight that may start into the queue: before all others if a client waits for it; and
+    /// it is held back if nobody who is trusted has announced it.
     pub(super) fn queue(&mut self, urgency: Urgency, key: FlightKey) {
-        let owners = self.flights.get(&key).map_or(&[][..], |it| &it.owners);
+        let flight = self.flights.get(&key);
+        if flight.is_some_and(|flight| flight.wanted) {
+            return self.wanted.push_back(key);
+        }
+        let owners = flight.map_or(&[][..], |it| &it.owners);
         let is_doubted = |owner: &mpsc::Sender<Landing>| {
             let mut doubted = self.doubted.iter();
             doubted.any(|doubted| doubted.same_channel(owner))
