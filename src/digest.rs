@@ -144,13 +144,9 @@ impl DigestFunction {
         };
         let error = || DigestError(format!("{}/{}", proto.hash, proto.size_bytes));
         let size = u64::try_from(proto.size_bytes).map_err(|_| error())?;
-        if proto.hash.len() != self.hash_digits() {
-            return Err(error());
-        }
         let mut hash = [0; MAX_HASH];
-        for (byte, pair) in hash.iter_mut().zip(proto.hash.as_bytes().chunks_exact(2)) {
-            *byte = nibble(pair[0]).ok_or_else(error)? << 4 | nibble(pair[1]).ok_or_else(error)?;
-        }
+        let bytes = &mut hash[..self.hash_bytes()];
+        unhex(&proto.hash, bytes).ok_or_else(error)?;
         Ok(Digest {
             hash,
             size,
@@ -283,7 +279,6 @@ impl Digest {
     }
 
     fn hex(&self) -> String {
-        const DIGITS: &[u8; 16] = b"0123456789abcdef";
         self.hash()
             .iter()
             .flat_map(|byte| [byte >> 4, byte & 15])
@@ -299,12 +294,33 @@ impl Hash for Digest {
     }
 }
 
-fn nibble(digit: u8) -> Option<u8> {
-    match digit {
-        b'0'..=b'9' => Some(digit - b'0'),
-        b'a'..=b'f' => Some(digit - b'a' + 10),
-        _ => None,
+/// What each byte stands for as a hexadecimal digit, which is a small one (REAPI, `Digest.hash`);
+/// `NO_DIGIT` where it is none.
+const VALUES: [u8; 256] = {
+    let mut values = [NO_DIGIT; 256];
+    let mut value = 0;
+    while value < DIGITS.len() {
+        values[DIGITS[value] as usize] = value as u8;
+        value += 1;
     }
+    values
+};
+const DIGITS: &[u8; 16] = b"0123456789abcdef";
+const NO_DIGIT: u8 = 0xff;
+
+/// Reads two hexadecimal digits for each byte. `None` if they are not that many, or some are none.
+pub fn unhex(digits: &str, bytes: &mut [u8]) -> Option<()> {
+    let (pairs, rest) = digits.as_bytes().as_chunks();
+    if pairs.len() != bytes.len() || !rest.is_empty() {
+        return None;
+    }
+    let mut seen = 0;
+    for (byte, [high, low]) in bytes.iter_mut().zip(pairs) {
+        let (high, low) = (VALUES[usize::from(*high)], VALUES[usize::from(*low)]);
+        *byte = high << 4 | low;
+        seen |= high | low;
+    }
+    (seen != NO_DIGIT).then_some(())
 }
 
 impl TryFrom<&reapi::Digest> for Digest {

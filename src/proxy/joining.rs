@@ -44,7 +44,7 @@ const BUSY_EXTENSIONS: u32 = 4;
 const TICKET: Duration = Duration::from_secs(10);
 const TICKETS_BYTES: u64 = 16 * 1024 * 1024;
 /// Of how many actions it is remembered whether they may be shared.
-const SHARABLE: u64 = 10_000;
+const SHARABLE: usize = 10_000;
 
 /// What clients of one primed execute together.
 pub struct Joining {
@@ -53,7 +53,7 @@ pub struct Joining {
     /// What lookups have waited for and not found, by connection.
     tickets: Cache<(u64, FlightKey), Arc<Ticket>>,
     /// Whether actions that several clients have executed at a time may be shared.
-    pub(super) sharable: Cache<FlightKey, bool>,
+    pub(super) sharable: quick_cache::sync::Cache<FlightKey, bool>,
     /// How many clients' executions have ended.
     ended: AtomicU64,
     hedge_after: Option<Duration>,
@@ -77,7 +77,7 @@ impl Joining {
                 .weigher(weigh)
                 .time_to_live(TICKET)
                 .build(),
-            sharable: Cache::new(SHARABLE),
+            sharable: quick_cache::sync::Cache::new(SHARABLE),
             ended: AtomicU64::new(0),
             hedge_after,
         })

@@ -113,8 +113,8 @@ async fn observed_call(
         }
         if let Some(later) = later
             && !questioned
-            && Instant::now() < deadline
             && reply.unless_gone(has_no_result(&mut answer)).await == Some(true)
+            && Instant::now() < deadline
         {
             questioned = true;
             let patience = deadline.min(Instant::now() + MAX_QUESTION);

@@ -14,7 +14,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicI32, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
-use tokio::sync::{Notify, Semaphore, mpsc, oneshot};
+use tokio::sync::{Notify, mpsc, oneshot};
 
 pub use self::requests::{Request, Status};
 use super::accounting::Effort;
@@ -40,10 +40,11 @@ use super::subactions::{self, Subactions};
 use super::uses::Uses;
 use super::watching::Watching;
 use super::workshop::{Beneficiary, News, Workshop};
-use super::{Engine, TAP_MEMORY_KIB, lane};
+use super::{Engine, TapMemory, lane};
 use crate::backend::Backend;
 use crate::cas::directories::DirectoryCache;
 use crate::cas::transfer::Cas;
+use crate::clock::Moment;
 use crate::config::{BudgetLimits, Mode};
 use crate::quick_map::QuickMap;
 use crate::task;
@@ -168,7 +169,7 @@ pub fn engine(parts: EngineParts) -> (Arc<Engine>, mpsc::Sender<Request>, Runner
         hidden_hits: Arc::default(),
         backend: parts.backend,
         dropped: dropped.clone(),
-        memory: Arc::new(Semaphore::new(TAP_MEMORY_KIB)),
+        memory: TapMemory::default(),
         urgent: Arc::default(),
         latest_process: AtomicI32::new(0),
     });
@@ -182,13 +183,14 @@ pub fn engine(parts: EngineParts) -> (Arc<Engine>, mpsc::Sender<Request>, Runner
         found,
         saved,
         state: State {
+            now: Moment::now(),
             mode: parts.mode,
             workshop,
             parents,
             callers: Callers::new(),
             open: QuickMap::default(),
             closed: VecDeque::new(),
-            primings: HashMap::new(),
+            primings: QuickMap::default(),
             nested: Nested::new(attributor),
             subactions: engine.subactions.clone(),
             early: HashMap::new(),
@@ -208,6 +210,8 @@ pub fn engine(parts: EngineParts) -> (Arc<Engine>, mpsc::Sender<Request>, Runner
 }
 
 struct State {
+    /// When the latest observations and findings were taken in.
+    now: Moment,
     mode: Mode,
     workshop: Workshop,
     /// All recorded parents.
@@ -216,7 +220,7 @@ struct State {
     open: QuickMap<BuildKey, Build>,
     closed: VecDeque<Build>,
     /// Parents of open builds that are being primed, and action parents of late.
-    primings: HashMap<Group, Priming>,
+    primings: QuickMap<Group, Priming>,
     /// Action parents that are open.
     nested: Nested,
     /// What they, and those before them, have run.
@@ -295,6 +299,7 @@ impl Runner {
     async fn observe_batch(&mut self, first: Observation) {
         // A call to hurry that has been heard; what it was for is in the queue.
         pin!(self.urgent.notified()).enable();
+        self.state.now = Moment::now();
         guarded(|| self.state.observe(first));
         for _ in 1..BATCH {
             let Ok(next) = self.observations.try_recv() else {

@@ -19,8 +19,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
-use moka::sync::{Cache, CacheBuilder};
 use parking_lot::Mutex;
+use quick_cache::sync::Cache;
 use serde::Serialize;
 use tokio::sync::{Notify, mpsc, watch};
 
@@ -37,9 +37,9 @@ use crate::quick_map::RandomState;
 use crate::reapi::ActionResult;
 
 /// How many primed and failed digests are remembered for accounting.
-const REMEMBERED: u64 = 200_000;
+const REMEMBERED: usize = 200_000;
 /// How many flights' courses are remembered.
-const REMEMBERED_RECORDS: u64 = 100_000;
+const REMEMBERED_RECORDS: usize = 100_000;
 /// How long a failed speculative action is kept from answering lookups.
 const FAILED_FOR: Duration = Duration::from_secs(600);
 
@@ -175,16 +175,15 @@ pub struct Flights {
     changed: Notify,
     /// When something has been learned of the backend.
     has_learned: Notify,
-    primed: Cache<FlightKey, Primed, RandomState>,
-    failed: Cache<FlightKey, (), RandomState>,
+    primed: Cache<FlightKey, Primed>,
+    /// Forgotten after a while, hence in a cache of another kind.
+    failed: moka::sync::Cache<FlightKey, (), RandomState>,
     /// Most often nothing has, and then no lookup needs to search.
     has_any_failed: AtomicBool,
     /// Of those in flight, and of as many that were before.
-    records: Cache<FlightKey, Arc<FlightRecord>, RandomState>,
+    records: Cache<FlightKey, Arc<FlightRecord>>,
     cap: usize,
 }
-
-type Remembering<V> = CacheBuilder<FlightKey, V, Cache<FlightKey, V>>;
 
 impl Flights {
     /// Flights of which at most `cap` run at once, but for those that a client waits for.
@@ -198,12 +197,13 @@ impl Flights {
             state: Mutex::new(State::new(slots, cap)),
             changed: Notify::new(),
             has_learned: Notify::new(),
-            primed: remembering(REMEMBERED).build_with_hasher(RandomState::default()),
-            failed: remembering(REMEMBERED)
+            primed: Cache::new(REMEMBERED),
+            failed: moka::sync::Cache::builder()
+                .max_capacity(REMEMBERED as u64)
                 .time_to_live(FAILED_FOR)
                 .build_with_hasher(RandomState::default()),
             has_any_failed: AtomicBool::new(false),
-            records: remembering(REMEMBERED_RECORDS).build_with_hasher(RandomState::default()),
+            records: Cache::new(REMEMBERED_RECORDS),
             cap: cap.max(1),
         })
     }
@@ -521,11 +521,6 @@ impl Flights {
             })
             .collect()
     }
-}
-
-/// A memory of the last `most`.
-fn remembering<V: Clone + Send + Sync + 'static>(most: u64) -> Remembering<V> {
-    Cache::builder().max_capacity(most)
 }
 
 /// Waits until the flight ends. `Abandoned` also when nobody is left to end it.

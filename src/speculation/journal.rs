@@ -5,7 +5,6 @@
 
 use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use super::accounting::{Shortfall, millis};
@@ -26,6 +25,9 @@ use crate::cas::{Digest, DigestFunction};
 const MAX_ENTRIES: usize = 200_000;
 /// Entries of all journals in memory.
 const MAX_ENTRIES_IN_ALL: usize = 500_000;
+
+/// The share of one journal in all entries.
+pub type Room = super::room::Room<MAX_ENTRIES_IN_ALL>;
 
 /// What a build asked for, and what was primed for it.
 #[derive(Clone, Debug, Default)]
@@ -160,7 +162,7 @@ impl Journal {
 
     fn has_room(&mut self) -> bool {
         let entries = self.asked.len() + self.adapted.len() + self.others.len();
-        let has_room = entries < MAX_ENTRIES && self.room.take();
+        let has_room = entries < MAX_ENTRIES && self.room.take(1);
         self.left_out += u64::from(!has_room);
         has_room
     }
@@ -448,41 +450,6 @@ fn change_entry(change: &Arc<Change>) -> ChangeEntry {
         to: change.to.map(|digest| digest.to_string()),
         by: change.by,
         origin: change.origin.clone(),
-    }
-}
-
-/// The share of one journal in what all may hold; given back when it is dropped. A copy holds none.
-#[derive(Debug, Default)]
-pub struct Room {
-    all: Arc<AtomicUsize>,
-    held: usize,
-}
-
-impl Room {
-    fn take(&mut self) -> bool {
-        let has_room = self.all.fetch_add(1, Ordering::Relaxed) < MAX_ENTRIES_IN_ALL;
-        match has_room {
-            true => self.held += 1,
-            false => {
-                self.all.fetch_sub(1, Ordering::Relaxed);
-            }
-        }
-        has_room
-    }
-}
-
-impl Clone for Room {
-    fn clone(&self) -> Self {
-        Room {
-            all: self.all.clone(),
-            held: 0,
-        }
-    }
-}
-
-impl Drop for Room {
-    fn drop(&mut self) {
-        self.all.fetch_sub(self.held, Ordering::Relaxed);
     }
 }
 

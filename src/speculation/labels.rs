@@ -5,8 +5,8 @@ use std::collections::HashMap;
 use std::sync::Arc;
 
 use bytes::Bytes;
-use moka::sync::Cache;
 use prost::Message;
+use quick_cache::sync::Cache;
 
 use super::flights::FlightKey;
 use super::parent::BaseAction;
@@ -16,7 +16,7 @@ use crate::cas::transfer::Cas;
 use crate::reapi::{Action, Command};
 
 /// Names that are remembered.
-const REMEMBERED: u64 = 50_000;
+const REMEMBERED: usize = 50_000;
 /// Outputs of one action that are named.
 const MAX_OUTPUTS: usize = 16;
 /// Characters of a command that stand for it.
@@ -91,13 +91,13 @@ fn in_short(text: &str) -> String {
 /// The names of actions of which nothing is recorded.
 #[derive(Clone)]
 pub struct Names {
-    known: Cache<FlightKey, Arc<Name>>,
+    known: Arc<Cache<FlightKey, Arc<Name>>>,
 }
 
 impl Default for Names {
     fn default() -> Self {
         Names {
-            known: Cache::new(REMEMBERED),
+            known: Arc::new(Cache::new(REMEMBERED)),
         }
     }
 }

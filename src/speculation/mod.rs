@@ -47,6 +47,7 @@ mod record;
 mod recorder;
 mod relatives;
 mod resolve;
+mod room;
 pub mod runs;
 mod schedule;
 mod share;
@@ -67,7 +68,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicI32, AtomicU64, Ordering};
 use std::time::Instant;
 
-use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore, mpsc, oneshot};
+use tokio::sync::{Notify, mpsc, oneshot};
 
 use flights::{FlightKey, Flights};
 use hidden_hits::HiddenHits;
@@ -90,16 +91,19 @@ pub struct Engine {
     /// Where what a proxy has answered is looked up.
     backend: Arc<dyn Backend>,
     dropped: Arc<AtomicU64>,
-    /// What taps may still hold, in KiB.
-    memory: Arc<Semaphore>,
+    /// What taps hold.
+    memory: TapMemory,
     /// Ends the engine's rest.
     urgent: Arc<Notify>,
     /// The local process whose first call on a connection was the last to be seen; 0 before that.
     latest_process: AtomicI32,
 }
 
-/// How much of clients' answers taps and the engine's queue hold in all, in KiB.
-const TAP_MEMORY_KIB: usize = 64 * 1024;
+/// How much of clients' answers taps and the engine's queue hold in all, in bytes.
+const MAX_TAP_MEMORY: usize = 64 * 1024 * 1024;
+
+/// The share of one answer in that.
+pub type TapMemory = room::Room<MAX_TAP_MEMORY>;
 
 impl Engine {
     /// What is in flight.
@@ -131,10 +135,11 @@ impl Engine {
         }
     }
 
-    /// Sets memory aside for a chunk of an answer. `None` when the engine is too far behind.
-    pub fn room_for(&self, bytes: usize) -> Option<OwnedSemaphorePermit> {
-        let kib = u32::try_from(bytes.div_ceil(1024)).ok()?;
-        self.memory.clone().try_acquire_many_owned(kib).ok()
+    /// Sets memory aside for a chunk of an answer, at least 1 KiB: a small one takes more than its
+    /// bytes. `None` when the engine is too far behind.
+    pub fn room_for(&self, bytes: usize) -> Option<TapMemory> {
+        let mut room = self.memory.clone();
+        room.take(bytes.max(1024)).then_some(room)
     }
 
     /// Counts an observation that could not be kept.
@@ -195,7 +200,7 @@ mod tests {
             hidden_hits: Arc::default(),
             backend: Memory::holding([]),
             dropped: Arc::default(),
-            memory: Arc::new(Semaphore::new(2)),
+            memory: TapMemory::default(),
             urgent: Arc::default(),
             latest_process: AtomicI32::new(0),
         });
@@ -230,7 +235,7 @@ mod tests {
     #[test]
     fn taps_hold_no_more_than_their_memory() {
         let (engine, _unread) = stuck();
-        let first = engine.room_for(1500);
+        let first = engine.room_for(MAX_TAP_MEMORY);
         assert!(first.is_some());
         assert!(engine.room_for(1).is_none());
         drop(first);

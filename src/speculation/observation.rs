@@ -6,8 +6,9 @@ use std::time::{Duration, Instant};
 use bytes::Bytes;
 use http::HeaderValue;
 use prost::Message;
-use tokio::sync::{OwnedSemaphorePermit, oneshot};
+use tokio::sync::oneshot;
 
+use super::TapMemory;
 use super::flights::FlightKey;
 use crate::backend::remote::decode_request_metadata;
 use crate::grpc::{FRAME_HEADER, Framed, joined, split_message};
@@ -107,7 +108,7 @@ pub struct Answer {
     /// Length-prefixed messages, split anywhere.
     body: Vec<Bytes>,
     /// The share of the taps' memory that the body takes.
-    room: Option<OwnedSemaphorePermit>,
+    room: Option<TapMemory>,
 }
 
 /// Whether a call of `Execute` that ended with `status`, and no operation that is done, may have left
@@ -130,10 +131,10 @@ impl Answer {
     }
 
     /// Adds a chunk of the body, with the memory that was set aside for it.
-    pub fn push(&mut self, chunk: Bytes, room: OwnedSemaphorePermit) {
+    pub fn push(&mut self, chunk: Bytes, room: TapMemory) {
         self.body.push(chunk);
         match &mut self.room {
-            Some(all) => all.merge(room),
+            Some(all) => all.join(room),
             None => self.room = Some(room),
         }
     }

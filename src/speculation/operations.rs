@@ -1,13 +1,13 @@
 //! The names of the operations that clients' executions are: one that has lost the stream of its
 //! `Execute` goes on waiting by that name (`WaitExecution`), which tells nothing of the action.
 
-use moka::sync::Cache;
+use quick_cache::sync::Cache;
 
 use super::Engine;
 use super::flights::FlightKey;
 
 /// Operations whose names are remembered.
-const MAX_OPERATIONS: u64 = 50_000;
+const MAX_OPERATIONS: usize = 50_000;
 
 /// What clients' operations execute, by name.
 pub type Operations = Cache<String, FlightKey>;

@@ -12,6 +12,7 @@ use prost::Message;
 use sha2::{Digest as _, Sha256};
 
 use crate::cas::{Digest, DigestFunction};
+use crate::digest::unhex;
 use crate::reapi::Action;
 
 /// The identity of a parent that stays the same when only file contents change.
@@ -39,16 +40,8 @@ impl FromStr for WeakKey {
     type Err = WeakKeyError;
 
     fn from_str(text: &str) -> Result<Self, Self::Err> {
-        let error = || WeakKeyError(text.to_owned());
-        let digits = text.as_bytes();
-        if digits.len() != 64 {
-            return Err(error());
-        }
         let mut key = [0; 32];
-        for (byte, pair) in key.iter_mut().zip(digits.chunks_exact(2)) {
-            let nibble = |digit: u8| char::from(digit).to_digit(16).ok_or_else(error);
-            *byte = (nibble(pair[0])? << 4 | nibble(pair[1])?) as u8;
-        }
+        unhex(&text.to_ascii_lowercase(), &mut key).ok_or_else(|| WeakKeyError(text.to_owned()))?;
         Ok(WeakKey(key))
     }
 }

@@ -66,7 +66,7 @@ pub enum Message {
     /// before whatever begins its priming.
     Unrecorded(Box<ParentIdentity>),
     /// An action parent has been asked for.
-    Opened(Opened),
+    Opened(Box<Opened>),
     /// What others have shared of parents that depend on one that has been asked for.
     Dependents(Vec<Arc<Parent>>),
     /// An action parent has ended with this output.

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use super::State;
-use crate::clock;
+use crate::clock::{self, Moment};
 use crate::reapi::ActionResult;
 use crate::speculation::attribution::{Found, FoundParent};
 use crate::speculation::builds::Build;
@@ -17,6 +17,7 @@ use crate::speculation::schedule::Outputs;
 
 impl State {
     pub(super) fn found(&mut self, found: Found) {
+        self.now = Moment::now();
         match found {
             Found::Parent(parent) => self.open_parent(*parent),
             Found::Nested { key, parent } => {
@@ -96,7 +97,7 @@ impl State {
         self.primings
             .entry(group)
             .or_insert_with_key(|group| Priming::start(group, workshop.clone()))
-            .tell(Message::Opened(Opened {
+            .tell(Message::Opened(Box::new(Opened {
                 current: CurrentParent {
                     input_root,
                     texts: texts.into(),
@@ -105,7 +106,7 @@ impl State {
                 family,
                 build: number,
                 unrecorded: others_may_know.then_some(asked),
-            }));
+            })));
     }
 
     /// An action parent has ended. What was asked on its behalf before is looked at first.

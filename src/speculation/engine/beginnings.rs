@@ -3,7 +3,6 @@
 
 use std::collections::hash_map::Entry;
 use std::sync::Arc;
-use std::time::Instant;
 
 use super::State;
 use crate::clock;
@@ -29,10 +28,15 @@ impl State {
             let build = self.begin(caller.clone());
             self.open.insert(caller.key.clone(), build);
         }
-        let (build, room) = (self.open.entry(caller.key.clone()), &self.room);
-        // The entry is there; to look again is what the borrow checker wants.
-        let build = build.or_insert_with(|| Build::new(0, caller, 0, room));
-        build.last_call = Instant::now();
+        self.is_called(&caller.key)
+    }
+
+    /// An open build, which is called now.
+    pub(super) fn is_called(&mut self, key: &BuildKey) -> &mut Build {
+        let Some(build) = self.open.get_mut(key) else {
+            unreachable!("whoever asks has seen that it is open");
+        };
+        build.last_call = self.now.instant;
         build
     }
 

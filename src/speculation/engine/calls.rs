@@ -2,10 +2,10 @@
 //! action is kept for recording.
 
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use super::State;
-use crate::clock;
+use crate::clock::Moment;
 use crate::meters::METERS;
 use crate::reapi::ActionResult;
 use crate::speculation::builds::{Asked, Build};
@@ -40,14 +40,7 @@ impl State {
     fn build_for(&mut self, origin: &CallOrigin, parent: Option<&FlightKey>) -> &mut Build {
         let key = parent.map(|parent| BuildKey::Action(parent.clone()));
         match key.filter(|key| self.open.contains_key(key)) {
-            // The entry is there; to look again is what the borrow checker wants.
-            Some(key) => {
-                let caller = self.open[&key].caller.clone();
-                let build = self.open.entry(key);
-                let build = build.or_insert_with(|| Build::new(0, caller, 0, &self.room));
-                build.last_call = Instant::now();
-                build
-            }
+            Some(key) => self.is_called(&key),
             None => self.build_of(origin),
         }
     }
@@ -57,11 +50,11 @@ impl State {
         const NOT_FOUND: u32 = tonic::Code::NotFound as u32;
         match call.answer.status {
             Some(OK) => {
-                let result: Option<ActionResult> = call.answer.last_message();
+                let result = call.answer.last_message().map(Arc::new);
                 self.asked_for(call, result, parent);
             }
             Some(NOT_FOUND) => {
-                let note = note(&call, None);
+                let note = note(self.now, &call, None);
                 self.build_for(&call.origin, parent).count(
                     &call.key,
                     Asked::Missed,
@@ -75,7 +68,7 @@ impl State {
 
     fn execution(&mut self, call: Box<Call>, parent: Option<&FlightKey>) {
         let (result, ended) = match call.answer.executed() {
-            Ok(result) => (Some(result), true),
+            Ok(result) => (Some(Arc::new(result)), true),
             Err(NotExecuted { reason, may_go_on }) => {
                 tracing::info!(action = %call.key.action, reason, "an execution ended without a result");
                 (None, !may_go_on)
@@ -83,7 +76,7 @@ impl State {
         };
         if ended && self.nested.is_open(&call.key) {
             let succeeded = result.clone().filter(|result| result.exit_code == 0);
-            self.end_parent(&call.key, succeeded.map(Arc::new));
+            self.end_parent(&call.key, succeeded);
         }
         if call.joined.is_none() {
             if let Some(result) = &result
@@ -92,7 +85,7 @@ impl State {
             {
                 self.workshop.flights.learn(executed);
             }
-            let note = note(&call, result.as_ref());
+            let note = note(self.now, &call, result.as_deref());
             self.build_for(&call.origin, parent).count(
                 &call.key,
                 Asked::Missed,
@@ -107,17 +100,20 @@ impl State {
     fn asked_for(
         &mut self,
         call: Box<Call>,
-        result: Option<ActionResult>,
+        result: Option<Arc<ActionResult>>,
         parent: Option<&FlightKey>,
     ) {
         let flights = self.workshop.flights.clone();
-        let note = note(&call, result.as_ref());
+        let note = note(self.now, &call, result.as_deref());
         let client = match parent {
             None => self.client_in_run(&call.origin),
             Some(_) => None,
         };
         let build = self.build_for(&call.origin, parent);
-        let executed = result.as_ref().and_then(execution_time).unwrap_or_default();
+        let executed = result
+            .as_deref()
+            .and_then(execution_time)
+            .unwrap_or_default();
         let had_used = build.has_used();
         match call.joined {
             Some(waited) => {
@@ -144,9 +140,12 @@ impl State {
         let caller = client.as_ref().unwrap_or(&build.caller).clone();
         let succeeded = result.filter(|result| result.exit_code == 0);
         let succeeded = succeeded.map(|mut result| {
-            result.stdout_raw.clear();
-            result.stderr_raw.clear();
-            Arc::new(result)
+            if !result.stdout_raw.is_empty() || !result.stderr_raw.is_empty() {
+                let result = Arc::make_mut(&mut result);
+                result.stdout_raw.clear();
+                result.stderr_raw.clear();
+            }
+            result
         });
         if let Some(result) = &succeeded
             && build.subactions.len() < MAX_SUBACTIONS
@@ -193,17 +192,11 @@ impl State {
     }
 }
 
-/// What the journal notes of a call. Its times are those of the monotonic clock; what has passed since
-/// then is deducted from now.
-fn note(call: &Call, result: Option<&ActionResult>) -> Note {
-    let (now, now_unix_ms) = (Instant::now(), clock::now_unix_ms());
-    let before = |time: Instant| {
-        let passed = now.saturating_duration_since(time).as_millis();
-        now_unix_ms - i64::try_from(passed).unwrap_or(0)
-    };
+/// What the journal notes of a call.
+fn note(now: Moment, call: &Call, result: Option<&ActionResult>) -> Note {
     Note {
-        began_unix_ms: before(call.began),
-        answered_unix_ms: before(call.ended),
+        began_unix_ms: now.unix_ms_at(call.began),
+        answered_unix_ms: now.unix_ms_at(call.ended),
         executed: result.and_then(execution_time).unwrap_or_default(),
     }
 }

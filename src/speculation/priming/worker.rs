@@ -144,7 +144,7 @@ impl Worker {
                     }
                     None => break,
                 },
-                () = tokio::time::sleep_until(self.may_plan_at().into()), if self.has_news => {
+                () = self.may_plan(), if self.has_news => {
                     self.triggered = Some(Instant::now());
                     self.plan(Trigger::Observed).await;
                     self.triggered = None;
@@ -201,7 +201,7 @@ impl Worker {
             }
             Message::Opened(mut opened) => {
                 let dependents = self.look_for_shared(&mut opened).await;
-                self.open(opened);
+                self.open(*opened);
                 self.plan(Trigger::Parent).await;
                 if let Some(dependents) = dependents {
                     self.look_for_dependents(dependents);
