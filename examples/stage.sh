@@ -1,10 +1,12 @@
 # What the examples' scripts share: a folder to work in, servers that end with the script, and the
 # table of builds at the end. Sourced, never run.
 #
-# After sourcing, $work is an empty folder with a short name, and the current one.
+# After sourcing, $work is an empty folder with a short name, and the current one; $tools is where
+# scripts/tools puts what it installs.
 # shellcheck shell=bash
 
 example=$(cd "$(dirname "$0")" && pwd)
+tools=${PRIMED_TOOLS:-$example/../../target/tools}
 work=$(mktemp -d /tmp/primed-example.XXXXXX)
 servers=()
 rows=()
