@@ -122,6 +122,10 @@ impl Drop for Terminal {
     }
 }
 
+/// What bash does until a signal comes for which there is a trap. One that comes just before it begins
+/// to read is heeded when it has read, so it does not read for long.
+const HEEDFUL: &str = "echo begun; while :; do read -t 1 go; done";
+
 fn has_live_line(lines: &[String]) -> bool {
     lines
         .last()
@@ -190,8 +194,9 @@ fn a_run_that_is_stopped_gives_the_terminal_back_until_it_goes_on() {
 #[test]
 fn a_command_that_is_told_to_stop_has_the_terminal_until_it_does() {
     let mut terminal = Terminal::open();
-    let script = "trap \"echo; echo tidying; read last; echo last \\$last; kill -STOP \\$\\$\" TSTP; \
-                  echo begun; while :; do read go; done";
+    let script = format!(
+        "trap \"echo; echo tidying; read last; echo last \\$last; kill -STOP \\$\\$\" TSTP; {HEEDFUL}"
+    );
     terminal.type_in(&format!("clear; $P run -- bash -c '{script}'\n"));
     terminal.wait_for("the live line is there", |lines| {
         shows(lines, "begun") && has_live_line(lines)
@@ -212,7 +217,7 @@ fn a_command_that_is_told_to_stop_has_the_terminal_until_it_does() {
 #[test]
 fn an_interrupt_ends_the_command_once_and_the_terminal_is_as_before() {
     let mut terminal = Terminal::open();
-    let script = "trap \"echo interrupted; exit 5\" INT; echo begun; while :; do read go; done";
+    let script = format!("trap \"echo interrupted; exit 5\" INT; {HEEDFUL}");
     terminal.type_in(&format!("clear; $P run -- bash -c '{script}'\n"));
     terminal.wait_for("the live line is there", |lines| {
         shows(lines, "begun") && has_live_line(lines)
