@@ -110,14 +110,10 @@ impl State {
             Some(_) => None,
         };
         let build = self.build_for(&call.origin, parent);
-        let executed = result
-            .as_deref()
-            .and_then(execution_time)
-            .unwrap_or_default();
         let had_used = build.has_used();
         match call.joined {
             Some(waited) => {
-                let saved = executed.saturating_sub(waited);
+                let saved = note.executed.saturating_sub(waited);
                 build.count(&call.key, Asked::Joined, saved, note);
                 flights.use_primed(&call.key, build.number);
                 use_result(&flights, &call.key, note.answered_unix_ms);
