@@ -7,9 +7,11 @@ use std::time::{Duration, Instant, SystemTime};
 pub fn now_unix_ms() -> i64 {
     SystemTime::now()
         .duration_since(SystemTime::UNIX_EPOCH)
-        .map_or(0, |since| {
-            i64::try_from(since.as_millis()).unwrap_or(i64::MAX)
-        })
+        .map_or(0, millis)
+}
+
+fn millis(time: Duration) -> i64 {
+    i64::try_from(time.as_millis()).unwrap_or(i64::MAX)
 }
 
 /// What both clocks showed at one time.
@@ -31,7 +33,6 @@ impl Moment {
 
     /// What the wall clock showed, or will, at a time near this one: milliseconds since 1970.
     pub fn unix_ms_at(&self, time: Instant) -> i64 {
-        let millis = |time: Duration| i64::try_from(time.as_millis()).unwrap_or(i64::MAX);
         match time.checked_duration_since(self.instant) {
             Some(later) => self.unix_ms.saturating_add(millis(later)),
             None => self.unix_ms.saturating_sub(millis(self.instant - time)),

@@ -135,11 +135,11 @@ impl Engine {
         }
     }
 
-    /// Sets memory aside for a chunk of an answer, at least 1 KiB: a small one takes more than its
+    /// Sets memory aside for a chunk of an answer, in whole KiB: a small one takes more than its
     /// bytes. `None` when the engine is too far behind.
     pub fn room_for(&self, bytes: usize) -> Option<TapMemory> {
         let mut room = self.memory.clone();
-        room.take(bytes.max(1024)).then_some(room)
+        room.take(bytes.next_multiple_of(1024)).then_some(room)
     }
 
     /// Counts an observation that could not be kept.
@@ -235,7 +235,7 @@ mod tests {
     #[test]
     fn taps_hold_no_more_than_their_memory() {
         let (engine, _unread) = stuck();
-        let first = engine.room_for(MAX_TAP_MEMORY);
+        let first = engine.room_for(MAX_TAP_MEMORY - 548);
         assert!(first.is_some());
         assert!(engine.room_for(1).is_none());
         drop(first);
