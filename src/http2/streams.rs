@@ -8,6 +8,7 @@
 
 mod receiving;
 mod sending;
+mod windows;
 
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -15,12 +16,14 @@ use std::task::{Context, Poll, Waker};
 
 use bytes::{Bytes, BytesMut};
 use slab::Slab;
+use tokio::time::Instant;
 
 use super::fields::Fields;
 use super::frame::{self, FIRST_FRAME_SIZE, FIRST_WINDOW, LARGEST_WINDOW, PREFACE, Reason, kind};
 use super::hpack::{Block, Decoder, Encoder, Pseudo};
 use super::{MAX_FRAME_SIZE, SEND_BUFFER, STREAM_WINDOW};
 use crate::quick_map::QuickMap;
+use windows::Distance;
 
 /// What may wait to be sent for all streams together, in bytes.
 const QUEUED: usize = 8 * 1024 * 1024;
@@ -111,6 +114,10 @@ pub struct Stream {
     /// What the peer may send, and what it may send more but has not been told of.
     window_in: i64,
     credit: u32,
+    /// By how much its window is larger than that of a new stream.
+    extra_window: u32,
+    /// How much has been read since when, as far as it was asked.
+    pace: Option<(Instant, u32)>,
     /// What is still due by `content-length`.
     announced: Option<u64>,
     reader: Option<Waker>,
@@ -136,7 +143,7 @@ pub struct Stream {
 }
 
 impl Stream {
-    fn new(id: u32, window_out: i64) -> Self {
+    fn new(id: u32, window_in: u32, window_out: i64) -> Self {
         Stream {
             id,
             handles: 2,
@@ -149,8 +156,10 @@ impl Stream {
             trailers: None,
             unread: 0,
             has_ended: false,
-            window_in: i64::from(STREAM_WINDOW),
+            window_in: i64::from(window_in),
             credit: 0,
+            extra_window: 0,
+            pace: None,
             announced: None,
             reader: None,
             is_ended: false,
@@ -297,6 +306,9 @@ pub struct State {
     window_in: i64,
     credit: u32,
     window: u32,
+    /// What it may send on a new stream.
+    first_window_in: u32,
+    distance: Distance,
 
     encoder: Encoder,
     window_out: i64,
@@ -353,6 +365,8 @@ impl State {
             window_in: i64::from(window),
             credit: 0,
             window,
+            first_window_in: STREAM_WINDOW,
+            distance: Distance::Unasked,
             encoder: Encoder::default(),
             window_out: i64::from(FIRST_WINDOW),
             first_window_out: i64::from(FIRST_WINDOW),
@@ -557,7 +571,7 @@ impl State {
             let gone = StreamError::Broken("the peer takes no more calls".into());
             return Err(self.ended().unwrap_or(gone));
         }
-        let key = self.streams.insert(Stream::new(0, 0));
+        let key = self.streams.insert(Stream::new(0, self.first_window_in, 0));
         self.streams[key].is_ended = is_end;
         let head = Frame::Head {
             pseudo,

@@ -1,6 +1,7 @@
 //! Both ends of a connection against `h2`, against each other, and against frames by hand.
 
 use std::future::poll_fn;
+use std::time::Duration;
 
 use bytes::Bytes;
 use http::uri::{Authority, PathAndQuery, Scheme};
@@ -544,6 +545,118 @@ async fn what_a_peer_sends_beyond_a_window_is_refused_and_what_is_read_may_be_se
         peer.send(kind::DATA, 0, 1, &quarter).await;
     }
     peer.send(kind::DATA, 0, 1, b"x").await;
+    let reset = peer.next(kind::RST_STREAM).await;
+    assert_eq!(reset.code(), Reason::FLOW_CONTROL_ERROR);
+}
+
+/// A server that answers a client's first stream, and sends as much as it may.
+struct Far {
+    peer: Peer,
+    calls: Calls,
+    answer: Incoming,
+    _request: Outgoing,
+    /// What it may send on that stream, and what on a new one.
+    window: usize,
+    first_window: usize,
+}
+
+impl Far {
+    /// One to which and back it takes so long.
+    async fn at(round_trip: Duration) -> Self {
+        let (mut peer, calls) = Peer::of_client().await;
+        tokio::time::advance(round_trip).await;
+        peer.send(kind::SETTINGS, flag::ACK, 0, &[]).await;
+        let (answer, request) = calls.begin(post("/"), Fields::new(), true).unwrap();
+        peer.next(kind::HEADERS).await;
+        peer.send(kind::HEADERS, flag::END_HEADERS, 1, &[0x88])
+            .await;
+        Far {
+            peer,
+            calls,
+            answer,
+            _request: request,
+            window: super::STREAM_WINDOW as usize,
+            first_window: super::STREAM_WINDOW as usize,
+        }
+    }
+
+    /// It sends all that it may, which is read piece by piece, each taking so long.
+    async fn round(&mut self, time_for_a_piece: Duration) {
+        let piece = vec![7; 64 * 1024];
+        let pieces = self.window / piece.len();
+        for _ in 0..pieces {
+            self.peer.send(kind::DATA, 0, 1, &piece).await;
+        }
+        self.peer.is_answered().await;
+        self.window = 0;
+        for _ in 0..pieces {
+            let read = poll_fn(|cx| self.answer.poll_data(cx)).await;
+            assert_eq!(read.unwrap().unwrap().len(), piece.len());
+            tokio::time::advance(time_for_a_piece).await;
+        }
+        self.peer.send(kind::PING, 0, 0, b"12345678").await;
+        loop {
+            let seen = self.peer.read().await.unwrap();
+            match (seen.header.kind, seen.header.stream) {
+                (kind::WINDOW_UPDATE, 1) => {
+                    let more: [u8; 4] = seen.payload.try_into().unwrap();
+                    self.window += u32::from_be_bytes(more) as usize;
+                }
+                (kind::SETTINGS, 0) => {
+                    let new = frame::Settings::read(&seen.payload).unwrap();
+                    let new = new.initial_window_size.unwrap() as usize;
+                    self.window += new - self.first_window;
+                    self.first_window = new;
+                }
+                (kind::PING, _) => break,
+                _ => {}
+            }
+        }
+    }
+}
+
+const MIB: usize = 1024 * 1024;
+
+#[tokio::test(start_paused = true)]
+async fn the_window_of_a_stream_from_far_away_grows_as_long_as_its_reader_is_quick() {
+    let mut far = Far::at(Duration::from_millis(20)).await;
+    for _ in 0..8 {
+        far.round(Duration::ZERO).await;
+    }
+    assert_eq!((far.window, far.first_window), (32 * MIB, 4 * MIB));
+
+    // Half a window, eight pieces of it, in two round trips: it is not what holds the reader up.
+    let mut far = Far::at(Duration::from_millis(20)).await;
+    for _ in 0..4 {
+        far.round(Duration::from_millis(5)).await;
+    }
+    assert_eq!((far.window, far.first_window), (MIB, MIB));
+
+    let mut near = Far::at(Duration::from_micros(900)).await;
+    for _ in 0..4 {
+        near.round(Duration::ZERO).await;
+    }
+    assert_eq!((near.window, near.first_window), (MIB, MIB));
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_far_peer_may_send_little_to_a_reader_that_stalls_from_the_beginning() {
+    let mut far = Far::at(Duration::from_millis(20)).await;
+    for _ in 0..8 {
+        far.round(Duration::ZERO).await;
+    }
+    let Far {
+        mut peer, calls, ..
+    } = far;
+    let (_stalled, _request) = calls.begin(post("/"), Fields::new(), true).unwrap();
+    peer.next(kind::HEADERS).await;
+    peer.send(kind::HEADERS, flag::END_HEADERS, 3, &[0x88])
+        .await;
+    for _ in 0..64 {
+        peer.send(kind::DATA, 0, 3, &vec![7; 64 * 1024]).await;
+    }
+    peer.is_answered().await;
+    peer.send(kind::DATA, 0, 3, b"x").await;
     let reset = peer.next(kind::RST_STREAM).await;
     assert_eq!(reset.code(), Reason::FLOW_CONTROL_ERROR);
 }

@@ -1,5 +1,5 @@
 //! A faulty wire: it carries HTTP/2 from a TCP port of its own to a server's Unix socket, and
-//! stalls, breaks, slows down or says farewell as a test wants it.
+//! stalls, breaks, slows down, says farewell or is long as a test wants it.
 
 #![allow(
     clippy::unwrap_used,
@@ -7,6 +7,7 @@
     reason = "a test that cannot set the stage fails"
 )]
 
+use std::collections::VecDeque;
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -14,9 +15,9 @@ use std::sync::atomic::{AtomicU32, AtomicUsize, Ordering};
 use std::time::Duration;
 
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
-use tokio::net::tcp::OwnedWriteHalf;
 use tokio::net::{TcpListener, TcpStream, UnixStream};
 use tokio::sync::{Mutex, oneshot, watch};
+use tokio::time::Instant;
 
 use crate::frames::{Frame, HEADERS, LARGEST, PING, PREFACE, RST_STREAM};
 
@@ -25,6 +26,8 @@ use crate::frames::{Frame, HEADERS, LARGEST, PING, PREFACE, RST_STREAM};
 pub struct Faults {
     /// Bytes that it carries in a second, in each direction of each connection.
     pub rate: Option<usize>,
+    /// How long what is said takes to arrive, in each direction.
+    pub lag: Option<Duration>,
     /// When the server says farewell to a connection.
     pub farewell: Option<Farewell>,
 }
@@ -57,7 +60,11 @@ struct Seen {
     pings: AtomicUsize,
     resets: AtomicUsize,
     farewells: AtomicUsize,
+    most_under_way: AtomicUsize,
 }
+
+/// The end of the wire that is written to.
+type Sink = Box<dyn AsyncWrite + Send + Unpin>;
 
 /// The wire. Its connections break when it is dropped.
 pub struct Relay {
@@ -148,6 +155,11 @@ impl Relay {
         self.seen.pings.load(Ordering::SeqCst)
     }
 
+    /// The most bytes that were ever on a long wire, on their way in one direction.
+    pub fn most_under_way(&self) -> usize {
+        self.seen.most_under_way.load(Ordering::SeqCst)
+    }
+
     /// How many calls the client has reset.
     pub fn resets(&self) -> usize {
         self.seen.resets.load(Ordering::SeqCst)
@@ -231,8 +243,9 @@ impl Connection {
         ordered: &mut watch::Receiver<Orders>,
     ) -> io::Result<()> {
         let (mut client_says, client) = client.into_split();
-        let (mut server_says, mut server) = UnixStream::connect(server).await?.into_split();
-        let client = Mutex::new(client);
+        let (mut server_says, server) = UnixStream::connect(server).await?.into_split();
+        let mut server = self.lengthened(server);
+        let client = Mutex::new(self.lengthened(client));
         let mut farewell = ordered.clone();
         let farewell = async {
             ordered_to(&mut farewell, |orders| orders.leaving_before > number).await;
@@ -250,10 +263,23 @@ impl Connection {
         }
     }
 
+    /// Makes the wire to `end` as long as it is to be.
+    fn lengthened(&self, end: impl AsyncWrite + Send + Unpin + 'static) -> Sink {
+        let Some(lag) = self.faults.lag else {
+            return Box::new(end);
+        };
+        let (beginning, wire) = tokio::io::duplex(LARGEST as usize);
+        let seen = self.seen.clone();
+        primed::task::spawn("long wire", async move {
+            carry_late(wire, end, lag, &seen).await
+        });
+        Box::new(beginning)
+    }
+
     async fn to_server(
         &self,
         client_says: &mut (impl AsyncRead + Unpin),
-        client: &Mutex<OwnedWriteHalf>,
+        client: &Mutex<Sink>,
         server: &mut (impl AsyncWrite + Unpin),
     ) -> io::Result<()> {
         let mut preface = [0; PREFACE.len()];
@@ -280,7 +306,7 @@ impl Connection {
         }
     }
 
-    async fn begin_call(&self, client: &Mutex<OwnedWriteHalf>, stream: u32) -> io::Result<()> {
+    async fn begin_call(&self, client: &Mutex<Sink>, stream: u32) -> io::Result<()> {
         let before = self.newest.swap(stream, Ordering::SeqCst);
         let calls = self.calls.fetch_add(1, Ordering::SeqCst) + 1;
         match self.faults.farewell {
@@ -294,11 +320,7 @@ impl Connection {
         }
     }
 
-    async fn say_farewell(
-        &self,
-        client: &Mutex<OwnedWriteHalf>,
-        last_served: u32,
-    ) -> io::Result<()> {
+    async fn say_farewell(&self, client: &Mutex<Sink>, last_served: u32) -> io::Result<()> {
         self.last_served.store(last_served, Ordering::SeqCst);
         self.seen.farewells.fetch_add(1, Ordering::SeqCst);
         let farewell = Frame::go_away(last_served);
@@ -308,7 +330,7 @@ impl Connection {
     async fn to_client(
         &self,
         server_says: &mut (impl AsyncRead + Unpin),
-        client: &Mutex<OwnedWriteHalf>,
+        client: &Mutex<Sink>,
     ) -> io::Result<()> {
         loop {
             let frame = Frame::read(server_says).await?;
@@ -325,5 +347,37 @@ impl Connection {
             to.write_all(part).await?;
         }
         Ok(())
+    }
+}
+
+/// Carries everything, each piece so long after it came.
+async fn carry_late(
+    mut from: impl AsyncRead + Unpin,
+    mut to: impl AsyncWrite + Unpin,
+    lag: Duration,
+    seen: &Seen,
+) -> io::Result<()> {
+    let mut under_way = VecDeque::new();
+    let mut size = 0;
+    let mut piece = vec![0; 256 * 1024];
+    loop {
+        let due = under_way.front().map(|(due, _)| *due);
+        tokio::select! {
+            read = from.read(&mut piece) => {
+                let read = read?;
+                if read == 0 {
+                    return Ok(());
+                }
+                size += read;
+                seen.most_under_way.fetch_max(size, Ordering::SeqCst);
+                under_way.push_back((Instant::now() + lag, piece[..read].to_vec()));
+            }
+            () = tokio::time::sleep_until(due.unwrap_or_else(Instant::now)), if due.is_some() => {
+                if let Some((_, piece)) = under_way.pop_front() {
+                    to.write_all(&piece).await?;
+                    size -= piece.len();
+                }
+            }
+        }
     }
 }

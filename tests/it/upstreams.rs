@@ -10,6 +10,7 @@
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::time::Duration;
 
 use primed::cas::Digest;
 use primed::reapi::google::bytestream::byte_stream_client::ByteStreamClient;
@@ -22,6 +23,7 @@ use crate::backend::FakeBackend;
 use crate::client::{Build, Recipe, Way, connect};
 use crate::grpcio::{AnyServer, Grpcio, Session, hex};
 use crate::project::Project;
+use crate::relay::{Faults, Relay};
 use crate::support::{Casd, Counts, Primed, scratch, wait_until};
 
 const ECHO: &str = "/some.Service/Echo";
@@ -295,44 +297,72 @@ async fn a_blob_that_is_written_in_parts_arrives_under_the_other_instance() {
         .map(|number| (number % 251) as u8)
         .collect();
     let digest = Digest::of(&blob);
-    let name = format!("a/b/uploads/{}/blobs/{digest}", uuid::Uuid::nil());
-    let size = blob.len();
-    let part = 100_000;
-    let parts: Vec<WriteRequest> = blob
-        .chunks(part)
-        .enumerate()
-        .map(|(index, data)| WriteRequest {
-            resource_name: if index == 0 {
-                name.clone()
-            } else {
-                String::new()
-            },
-            write_offset: (index * part) as i64,
-            finish_write: (index + 1) * part >= size,
-            data: data.to_vec().into(),
-        })
-        .collect();
-    let mut client = ByteStreamClient::new(connect(&primed.socket()));
-    let written = client.write(tokio_stream::iter(parts)).await.unwrap();
-    assert_eq!(written.into_inner().committed_size, size as i64);
+    write(&primed.socket(), "a/b/", &blob).await;
 
     let casd_socket = scratch.path().join("casd.sock");
     for (server, name) in [
         (primed.socket(), format!("a/b/blobs/{digest}")),
         (casd_socket, format!("main/blobs/{digest}")),
     ] {
-        let request = ReadRequest {
-            resource_name: name,
-            ..ReadRequest::default()
-        };
-        let mut client = ByteStreamClient::new(connect(&server));
-        let mut parts = client.read(request).await.unwrap().into_inner();
-        let mut read = Vec::new();
-        while let Some(part) = parts.message().await.unwrap() {
-            read.extend_from_slice(&part.data);
-        }
-        assert!(read == blob);
+        assert!(read(&server, name).await == blob);
     }
+}
+
+/// Writes a blob in parts, under an instance with its slash.
+async fn write(server: &Path, instance: &str, blob: &[u8]) {
+    const PART: usize = 100_000;
+    let id = uuid::Uuid::nil();
+    let name = format!("{instance}uploads/{id}/blobs/{}", Digest::of(blob));
+    let parts: Vec<WriteRequest> = blob
+        .chunks(PART)
+        .enumerate()
+        .map(|(index, data)| WriteRequest {
+            resource_name: match index {
+                0 => name.clone(),
+                _ => String::new(),
+            },
+            write_offset: (index * PART) as i64,
+            finish_write: index * PART + data.len() == blob.len(),
+            data: data.to_vec().into(),
+        })
+        .collect();
+    let mut client = ByteStreamClient::new(connect(server));
+    let written = client.write(tokio_stream::iter(parts)).await.unwrap();
+    assert_eq!(written.into_inner().committed_size, blob.len() as i64);
+}
+
+async fn read(server: &Path, resource_name: String) -> Vec<u8> {
+    let request = ReadRequest {
+        resource_name,
+        ..ReadRequest::default()
+    };
+    let mut client = ByteStreamClient::new(connect(server));
+    let mut parts = client.read(request).await.unwrap().into_inner();
+    let mut read = Vec::new();
+    while let Some(part) = parts.message().await.unwrap() {
+        read.extend_from_slice(&part.data);
+    }
+    read
+}
+
+#[tokio::test]
+async fn a_far_upstream_may_send_more_at_a_time_than_a_near_one() {
+    const NEAR: usize = primed::http2::STREAM_WINDOW as usize;
+    let scratch = scratch();
+    let casd = Casd::start(scratch.path(), 1);
+    let far = || Faults {
+        lag: Some(Duration::from_millis(15)),
+        ..Faults::default()
+    };
+    let blob: Vec<u8> = (0..48_000_000u32).map(|number| number as u8).collect();
+    let blob_name = format!("blobs/{}", Digest::of(&blob));
+
+    let to_casd = Relay::start(casd.socket(), far());
+    let primed = Primed::start(scratch.path(), to_casd.address());
+    write(casd.socket(), "", &blob).await;
+    assert!(read(&primed.socket(), blob_name.clone()).await == blob);
+    let most = to_casd.most_under_way();
+    assert!(most > 2 * NEAR, "never more than {most} bytes");
 }
 
 #[test]

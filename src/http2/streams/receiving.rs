@@ -11,12 +11,12 @@ use super::{
     BLOCK_FACTOR, CONTINUATIONS, Call, FAREWELL, FIRST_STREAMS, Frame, LINGERING, Phase, Role,
     State, Stream, StreamError, Unfinished,
 };
+use crate::http2::MAX_FRAME_SIZE;
 use crate::http2::fields::Fields;
 use crate::http2::frame::{
     self, FrameHeader, LARGEST_WINDOW, Reason, Settings, flag, kind, unpadded,
 };
 use crate::http2::hpack::{Block, Pseudo, TABLE_SIZE};
-use crate::http2::{MAX_FRAME_SIZE, STREAM_WINDOW};
 
 impl State {
     /// Takes a frame that was read. `whole` is the payload once more, if it is to be kept as it is
@@ -207,7 +207,7 @@ impl State {
         if let Some(reason) = refused {
             return self.reset_by_id(id, reason);
         }
-        let mut stream = Stream::new(id, self.first_window_out);
+        let mut stream = Stream::new(id, self.first_window_in, self.first_window_out);
         stream.is_begun = true;
         stream.is_opened = true;
         stream.announced = announced(&block.fields);
@@ -306,7 +306,10 @@ impl State {
     fn settings(&mut self, header: FrameHeader, payload: &[u8]) -> Result<(), Reason> {
         if header.has(flag::ACK) {
             return match payload {
-                [] => Ok(()),
+                [] => {
+                    self.acknowledged();
+                    Ok(())
+                }
                 _ => Err(Reason::FRAME_SIZE_ERROR),
             };
         }
@@ -414,44 +417,6 @@ impl State {
             Err(reason) => self.reset(key, reason, StreamError::Violation(reason)),
         }
         Ok(())
-    }
-
-    fn credit_connection(&mut self, size: usize) {
-        self.credit += size as u32;
-        if self.credit >= self.window / 2 {
-            let credit = std::mem::take(&mut self.credit);
-            self.window_in += i64::from(credit);
-            frame::put(
-                &mut self.control,
-                kind::WINDOW_UPDATE,
-                0,
-                0,
-                &credit.to_be_bytes(),
-            );
-            self.stir();
-        }
-    }
-
-    pub(super) fn credit(&mut self, key: usize, size: usize) {
-        if size == 0 {
-            return;
-        }
-        self.credit_connection(size);
-        let stream = &mut self.streams[key];
-        stream.credit += size as u32;
-        if stream.credit >= STREAM_WINDOW / 2 && !stream.has_ended && stream.error.is_none() {
-            let credit = std::mem::take(&mut stream.credit);
-            stream.window_in += i64::from(credit);
-            let payload = credit.to_be_bytes();
-            frame::put(
-                &mut self.control,
-                kind::WINDOW_UPDATE,
-                0,
-                stream.id,
-                &payload,
-            );
-            self.stir();
-        }
     }
 }
 

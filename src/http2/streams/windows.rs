@@ -1,0 +1,121 @@
+//! How much the peer may send before more of it has been read (RFC 9113, 5.2).
+//!
+//! A stream's window is what can be under way in one round trip, so it limits how fast a far peer can
+//! send: 1 MiB brings 50 MB/s at most over 20 ms. So the time that a peer takes to acknowledge the
+//! first SETTINGS is remembered, and where it is long, streams that read half a window in less than two
+//! round trips, and so may be held up by it, have theirs doubled. At first those of all streams grow,
+//! so that a message of 4 MiB need not wait; then each stream's own, as long as its reader is as quick.
+//! One that stalls from the beginning never has more than the former.
+
+use std::time::Duration;
+
+use tokio::time::Instant;
+
+use super::State;
+use crate::http2::STREAM_WINDOW;
+use crate::http2::frame::{self, kind};
+
+/// How long a far peer takes to answer, at least. Nearer ones are not held up by their windows.
+const FAR: Duration = Duration::from_millis(1);
+/// What the windows of all streams grow to, and what those of single ones do.
+const LARGEST_FIRST_WINDOW: u32 = 4 * 1024 * 1024;
+const LARGEST_STREAM_WINDOW: u32 = 32 * 1024 * 1024;
+/// How much is read before the peer is told that it may send as much again.
+const CREDIT: u32 = STREAM_WINDOW / 2;
+
+/// How far the peer is.
+#[derive(Clone, Copy, Debug)]
+pub(super) enum Distance {
+    /// Nothing has been sent yet.
+    Unasked,
+    /// The first SETTINGS were sent at this time.
+    Asked(Instant),
+    /// They were acknowledged after so long.
+    Known(Duration),
+}
+
+impl State {
+    /// What was first to be said is handed over to be sent.
+    pub(super) fn greets(&mut self) {
+        if let Distance::Unasked = self.distance {
+            self.distance = Distance::Asked(Instant::now());
+        }
+    }
+
+    /// The peer has acknowledged SETTINGS.
+    pub(super) fn acknowledged(&mut self) {
+        if let Distance::Asked(when) = self.distance {
+            self.distance = Distance::Known(when.elapsed());
+        }
+    }
+
+    /// So much of a stream's data has been read, or is of no use: the peer may send as much again.
+    pub(super) fn credit(&mut self, key: usize, size: usize) {
+        if size == 0 {
+            return;
+        }
+        self.credit_connection(size);
+        let stream = &mut self.streams[key];
+        stream.credit += size as u32;
+        if stream.credit < CREDIT || stream.has_ended || stream.error.is_some() {
+            return;
+        }
+        let credit = std::mem::take(&mut stream.credit);
+        let more = match self.distance {
+            Distance::Known(round_trip) if round_trip >= FAR => self.widen(key, credit, round_trip),
+            _ => 0,
+        };
+        let stream = &mut self.streams[key];
+        stream.window_in += i64::from(credit + more);
+        let id = stream.id;
+        self.tell_window(id, credit + more);
+    }
+
+    /// So much has been read on a stream from a far peer. Returns what its own window grows by.
+    fn widen(&mut self, key: usize, credit: u32, round_trip: Duration) -> u32 {
+        let stream = &mut self.streams[key];
+        let window = self.first_window_in + stream.extra_window;
+        let now = Instant::now();
+        let Some((since, read)) = &mut stream.pace else {
+            stream.pace = Some((now, 0));
+            return 0;
+        };
+        *read += credit;
+        if *read < window / 2 {
+            return 0;
+        }
+        let is_quick = now.duration_since(*since) < 2 * round_trip;
+        stream.pace = Some((now, 0));
+        if !is_quick || window >= LARGEST_STREAM_WINDOW {
+            return 0;
+        }
+        if self.first_window_in >= LARGEST_FIRST_WINDOW {
+            stream.extra_window += window;
+            return window;
+        }
+        let more = self.first_window_in;
+        self.first_window_in += more;
+        for (_, stream) in &mut self.streams {
+            stream.window_in += i64::from(more);
+        }
+        let settings = frame::settings(&[(4, self.first_window_in)]);
+        frame::put(&mut self.control, kind::SETTINGS, 0, 0, &settings);
+        0
+    }
+
+    /// The same for the connection alone, for data of which no stream knows.
+    pub(super) fn credit_connection(&mut self, size: usize) {
+        self.credit += size as u32;
+        if self.credit >= self.window / 2 {
+            let credit = std::mem::take(&mut self.credit);
+            self.window_in += i64::from(credit);
+            self.tell_window(0, credit);
+        }
+    }
+
+    fn tell_window(&mut self, id: u32, credit: u32) {
+        let credit = credit.to_be_bytes();
+        frame::put(&mut self.control, kind::WINDOW_UPDATE, 0, id, &credit);
+        self.stir();
+    }
+}
