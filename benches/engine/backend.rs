@@ -1,4 +1,4 @@
-//! A backend in memory that executes in no time, and counts.
+//! A backend in memory that executes in no time, and counts. It may be far away.
 
 use std::collections::{HashMap, HashSet};
 use std::time::Duration;
@@ -26,9 +26,25 @@ pub struct InMemory {
     executed: Mutex<HashSet<FlightKey>>,
     one_more: Condvar,
     uploads: Mutex<usize>,
+    round_trip: Duration,
 }
 
 impl InMemory {
+    /// One that holds nothing, and to which each call takes so long.
+    pub fn at(round_trip: Duration) -> Self {
+        InMemory {
+            round_trip,
+            ..InMemory::default()
+        }
+    }
+
+    /// There and back.
+    async fn travel(&self) {
+        if !self.round_trip.is_zero() {
+            tokio::time::sleep(self.round_trip).await;
+        }
+    }
+
     /// Holds a blob from the beginning.
     pub fn hold(&self, digest: Digest, blob: Bytes) {
         self.blobs.lock().insert(digest, blob);
@@ -79,6 +95,7 @@ pub fn operation(result: ActionResult) -> Operation {
 #[async_trait]
 impl Backend for InMemory {
     async fn capabilities(&self, _: &str) -> Result<ServerCapabilities, Status> {
+        self.travel().await;
         Ok(ServerCapabilities {
             cache_capabilities: Some(CacheCapabilities {
                 max_batch_total_size_bytes: BATCH,
@@ -89,6 +106,7 @@ impl Backend for InMemory {
     }
 
     async fn find_missing(&self, _: &str, digests: &[Digest]) -> Result<Vec<Digest>, Status> {
+        self.travel().await;
         let blobs = self.blobs.lock();
         let missing = digests.iter().filter(|digest| !blobs.contains_key(digest));
         Ok(missing.copied().collect())
@@ -99,16 +117,19 @@ impl Backend for InMemory {
         _: &str,
         digests: &[Digest],
     ) -> Result<Vec<(Digest, Bytes)>, Status> {
+        self.travel().await;
         let found = |digest: &Digest| Some((*digest, self.sent(digest)?));
         Ok(digests.iter().filter_map(found).collect())
     }
 
     async fn read(&self, _: &str, digest: Digest) -> Result<Bytes, Status> {
+        self.travel().await;
         self.sent(&digest)
             .ok_or_else(|| Status::not_found("no such blob"))
     }
 
     async fn write_batch(&self, _: &str, blobs: &[(Digest, Bytes)]) -> Result<(), Status> {
+        self.travel().await;
         *self.uploads.lock() += blobs.len();
         let mut held = self.blobs.lock();
         for (digest, blob) in blobs {
@@ -122,6 +143,7 @@ impl Backend for InMemory {
     }
 
     async fn action_result(&self, _: &str, _: Digest) -> Result<Option<ActionResult>, Status> {
+        self.travel().await;
         Ok(None)
     }
 
@@ -131,10 +153,12 @@ impl Backend for InMemory {
         _: Digest,
         _: ActionResult,
     ) -> Result<(), Status> {
+        self.travel().await;
         Ok(())
     }
 
     async fn execute(&self, _: &str, action: Digest, _: i32) -> Result<Operations, Status> {
+        self.travel().await;
         let key = crate::key(action);
         let encoded = self.sent(&action);
         let encoded = encoded.ok_or_else(|| Status::failed_precondition("no such action"))?;

@@ -3,7 +3,7 @@
 //! number of actions, what recording and generation, the adaptation of all, and their execution
 //! take, in time and memory. Everything that the backend holds is in memory; the sources are on disk.
 //!
-//!     cargo bench --bench engine [-- ACTIONS...]     (default: 1000 10000)
+//!     cargo bench --bench engine [-- [--round-trip MS] ACTIONS...]     (default: 0 1000 10000)
 
 #![allow(
     clippy::unwrap_used,
@@ -19,6 +19,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
+use clap::Parser as _;
 use parking_lot::Mutex;
 use primed::config::{BudgetLimits, Mode};
 use primed::digest::Digest;
@@ -61,20 +62,28 @@ struct Measured {
     uploads: usize,
 }
 
+#[derive(clap::Parser)]
+struct Arguments {
+    /// How many actions there are; one measurement for each.
+    #[arg(default_values_t = [1_000, 10_000])]
+    actions: Vec<usize>,
+    /// How far the backend is, in milliseconds.
+    #[arg(long, default_value_t = 0)]
+    round_trip: u64,
+    /// Given by cargo.
+    #[arg(long, hide = true)]
+    bench: bool,
+}
+
 fn main() {
-    let sizes: Vec<usize> = std::env::args()
-        .skip(1)
-        .filter_map(|argument| argument.parse().ok())
-        .collect();
-    let sizes = match sizes.is_empty() {
-        true => vec![1_000, 10_000],
-        false => sizes,
-    };
+    let arguments = Arguments::parse();
+    let round_trip = Duration::from_millis(arguments.round_trip);
     let adaptations = Adaptations::default();
     Registry::default().with(adaptations.clone()).init();
-    let measured: Vec<Measured> = sizes
+    let measured: Vec<Measured> = arguments
+        .actions
         .into_iter()
-        .map(|actions| measure(actions, &adaptations))
+        .map(|actions| measure(actions, round_trip, &adaptations))
         .collect();
     print(&measured);
 }
@@ -109,11 +118,11 @@ fn print(measured: &[Measured]) {
     }
 }
 
-fn measure(actions: usize, adaptations: &Adaptations) -> Measured {
+fn measure(actions: usize, round_trip: Duration, adaptations: &Adaptations) -> Measured {
     let directory = tempfile::tempdir().unwrap();
     let mut project = Project::create(&directory.path().join("project"), actions, INPUTS);
     let state = directory.path().join("state");
-    let backend = Arc::new(InMemory::default());
+    let backend = Arc::new(InMemory::at(round_trip));
     project.upload(&backend);
     let before = memory("VmRSS:");
     std::fs::write("/proc/self/clear_refs", "5").unwrap();

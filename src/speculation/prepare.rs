@@ -1,14 +1,15 @@
 //! Preparation: what is done for an adapted action between instantiation and the lane. It is
 //! looked up in the action cache, and if it is not there, what it needs is uploaded; both for
-//! many actions at a time, in the order in which their flights are to start.
+//! many actions at a time, in the order in which their flights are to start. While those of one
+//! batch are uploaded, the next is looked up.
 
 use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use parking_lot::Mutex;
-use tokio::sync::Notify;
+use tokio::sync::{Notify, mpsc};
 use tokio::task::JoinSet;
 use tonic::Status;
 
@@ -28,8 +29,12 @@ use crate::workspace::index;
 const BATCH: usize = 256;
 /// The first batch is small, so that the lane has work soon.
 const FIRST_BATCH: usize = 16;
-/// Lookups under way at once.
+/// Lookups under way at once, at least. A backend that is far away is asked more at a time, so many
+/// for each millisecond that it takes to answer, up to what leaves room for clients where it takes
+/// no more than 100 calls on a connection.
 const LOOKUPS: usize = 16;
+const LOOKUPS_PER_MS: u128 = 8;
+const MOST_LOOKUPS: usize = 64;
 
 /// An adapted action on its way to the lane.
 pub struct Job {
@@ -83,54 +88,88 @@ impl Queue {
 
 /// Prepares the jobs of one parent until the task is dropped.
 pub async fn run(workshop: Workshop, instance: Arc<str>, queue: Arc<Queue>) {
-    let mut uploaded = HashSet::new();
-    let mut size = FIRST_BATCH;
-    loop {
-        let batch = queue.take(size).await;
-        size = if queue.is_empty() { FIRST_BATCH } else { BATCH };
-        let missing = look_up(&workshop, &instance, batch).await;
-        upload(&workshop, &instance, missing, &mut uploaded).await;
-    }
+    let (not_cached, mut next) = mpsc::channel(1);
+    let looking_up = async {
+        let mut size = FIRST_BATCH;
+        let mut answers_in = None;
+        loop {
+            let batch = queue.take(size).await;
+            size = if queue.is_empty() { FIRST_BATCH } else { BATCH };
+            let missing = look_up(&workshop, &instance, batch, &mut answers_in).await;
+            if not_cached.send(missing).await.is_err() {
+                return;
+            }
+        }
+    };
+    let uploading = async {
+        let mut uploaded = HashSet::new();
+        while let Some(missing) = next.recv().await {
+            upload(&workshop, &instance, missing, &mut uploaded).await;
+        }
+    };
+    tokio::join!(looking_up, uploading);
+}
+
+/// How many lookups may be under way where the quickest answer took so long.
+fn lookups_at_once(answers_in: Option<Duration>) -> usize {
+    let ms = answers_in.unwrap_or_default().as_millis();
+    usize::try_from(ms * LOOKUPS_PER_MS)
+        .map_or(MOST_LOOKUPS, |count| count.clamp(LOOKUPS, MOST_LOOKUPS))
 }
 
 /// Settles the jobs whose results are in the action cache: after an edit was taken back, for
-/// example, they are. Returns the others.
+/// example, they are. Returns the others. `answers_in` is what the quickest answer took so far.
 #[tracing::instrument(level = "debug", skip_all, fields(actions = batch.len()))]
-async fn look_up(workshop: &Workshop, instance: &Arc<str>, batch: Vec<Job>) -> Vec<Job> {
+async fn look_up(
+    workshop: &Workshop,
+    instance: &Arc<str>,
+    batch: Vec<Job>,
+    answers_in: &mut Option<Duration>,
+) -> Vec<Job> {
     let mut missing = Vec::with_capacity(batch.len());
     let mut lookups = JoinSet::new();
     let mut waiting = batch
         .into_iter()
         .filter(|job| job.announcement.is_current());
     loop {
-        while lookups.len() < LOOKUPS {
+        while lookups.len() < lookups_at_once(*answers_in) {
             let Some(job) = waiting.next() else {
                 break;
             };
             let backend = workshop.backend.clone();
             let instance = instance.clone();
             lookups.spawn(async move {
+                let asked = Instant::now();
                 let answer = backend
                     .action_result(&instance, job.ready.adapted.action)
                     .await;
-                (job, answer)
+                (job, answer, asked.elapsed())
             });
         }
-        match lookups.join_next().await {
+        let (job, answer) = match lookups.join_next().await {
             None => return missing,
-            Some(Ok((job, Ok(Some(result))))) if result.exit_code == 0 => {
+            Some(Ok((job, answer, time))) => {
+                *answers_in = Some(answers_in.map_or(time, |least| least.min(time)));
+                (job, answer)
+            }
+            Some(Err(error)) => {
+                tracing::error!(%error, "a lookup ended unexpectedly");
+                continue;
+            }
+        };
+        match answer {
+            Ok(Some(result)) if result.exit_code == 0 => {
                 job.announcement
                     .settle(Arc::new(result), job.activity)
                     .await;
             }
             // A failure that is cached is the client's to see: the job is dropped.
-            Some(Ok((job, Ok(Some(result))))) => {
+            Ok(Some(result)) => {
                 let code = result.exit_code;
                 let reason = format!("the backend holds a result with exit code {code}");
                 job.announcement.because(reason);
             }
-            Some(Ok((job, Ok(None) | Err(_)))) => missing.push(job),
-            Some(Err(error)) => tracing::error!(%error, "a lookup ended unexpectedly"),
+            Ok(None) | Err(_) => missing.push(job),
         }
     }
 }
@@ -223,4 +262,18 @@ fn read_blobs(
         }
     }
     blobs
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_backend_that_is_far_away_is_asked_for_more_at_a_time() {
+        assert_eq!(lookups_at_once(None), LOOKUPS);
+        let after = |ms| lookups_at_once(Some(Duration::from_millis(ms)));
+        assert_eq!([0, 1, 2].map(after), [LOOKUPS; 3]);
+        assert_eq!(after(5), 40);
+        assert_eq!([20, 1000].map(after), [MOST_LOOKUPS; 2]);
+    }
 }
