@@ -146,6 +146,8 @@ const ROWS: &[Row] = &[
     ),
     stream("16 KiB frames: up, 64 KiB messages", "small-up-64k", SMALL),
     stream("16 KiB frames: up, 1 MiB messages", "small-up-1m", SMALL),
+    stream("over 20 ms: down, 1 MiB messages", "far-down-1m", FAR),
+    stream("over 20 ms: up, 1 MiB messages", "far-up-1m", FAR),
     Row {
         label: "lookup during a download (fast): p50",
         figure: "during-fast",
@@ -198,6 +200,7 @@ const ROWS: &[Row] = &[
 
 const FAST: &[Floor] = &[Of("direct", 0.45), Of("nginx", 1.1), Of("haproxy", 1.1)];
 const SMALL: &[Floor] = &[Of("direct", 0.40)];
+const FAR: &[Floor] = &[Of("direct", 0.6)];
 
 const fn stream(label: &'static str, figure: &'static str, floors: &'static [Floor]) -> Row {
     Row {

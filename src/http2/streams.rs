@@ -306,8 +306,9 @@ pub struct State {
     window_in: i64,
     credit: u32,
     window: u32,
-    /// What it may send on a new stream.
+    /// What it may send on a new stream, and what on the one whose window has grown most.
     first_window_in: u32,
+    widest: u32,
     distance: Distance,
 
     encoder: Encoder,
@@ -366,6 +367,7 @@ impl State {
             credit: 0,
             window,
             first_window_in: STREAM_WINDOW,
+            widest: STREAM_WINDOW,
             distance: Distance::Unasked,
             encoder: Encoder::default(),
             window_out: i64::from(FIRST_WINDOW),

@@ -640,7 +640,7 @@ async fn the_window_of_a_stream_from_far_away_grows_as_long_as_its_reader_is_qui
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_far_peer_may_send_little_to_a_reader_that_stalls_from_the_beginning() {
+async fn a_far_peer_may_send_little_on_a_new_stream_until_it_is_read() {
     let mut far = Far::at(Duration::from_millis(20)).await;
     for _ in 0..8 {
         far.round(Duration::ZERO).await;
@@ -648,17 +648,32 @@ async fn a_far_peer_may_send_little_to_a_reader_that_stalls_from_the_beginning()
     let Far {
         mut peer, calls, ..
     } = far;
-    let (_stalled, _request) = calls.begin(post("/"), Fields::new(), true).unwrap();
-    peer.next(kind::HEADERS).await;
-    peer.send(kind::HEADERS, flag::END_HEADERS, 3, &[0x88])
-        .await;
-    for _ in 0..64 {
-        peer.send(kind::DATA, 0, 3, &vec![7; 64 * 1024]).await;
+    let piece = vec![7; 64 * 1024];
+    let (mut read, _request) = calls.begin(post("/"), Fields::new(), true).unwrap();
+    let (_unread, _other) = calls.begin(post("/"), Fields::new(), true).unwrap();
+    for stream in [3, 5] {
+        peer.next(kind::HEADERS).await;
+        peer.send(kind::HEADERS, flag::END_HEADERS, stream, &[0x88])
+            .await;
+        for _ in 0..4 * MIB / piece.len() {
+            peer.send(kind::DATA, 0, stream, &piece).await;
+        }
     }
     peer.is_answered().await;
-    peer.send(kind::DATA, 0, 3, b"x").await;
+    peer.send(kind::DATA, 0, 5, b"x").await;
     let reset = peer.next(kind::RST_STREAM).await;
     assert_eq!(reset.code(), Reason::FLOW_CONTROL_ERROR);
+    for _ in 0..MIB / 2 / piece.len() {
+        poll_fn(|cx| read.poll_data(cx)).await.unwrap().unwrap();
+    }
+    let update = loop {
+        let update = peer.next(kind::WINDOW_UPDATE).await;
+        if update.header.stream == 3 {
+            break update;
+        }
+    };
+    let more = MIB / 2 + (32 - 4) * MIB;
+    assert_eq!(update.payload, (more as u32).to_be_bytes());
 }
 
 #[tokio::test]

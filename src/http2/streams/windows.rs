@@ -4,8 +4,9 @@
 //! send: 1 MiB brings 50 MB/s at most over 20 ms. So the time that a peer takes to acknowledge the
 //! first SETTINGS is remembered, and where it is long, streams that read half a window in less than two
 //! round trips, and so may be held up by it, have theirs doubled. At first those of all streams grow,
-//! so that a message of 4 MiB need not wait; then each stream's own, as long as its reader is as quick.
-//! One that stalls from the beginning never has more than the former.
+//! so that a message of 4 MiB need not wait; then each stream's own, as long as its reader is as quick,
+//! and what one has come to, the next has as soon as it is read. One that is not read never has more
+//! than the former.
 
 use std::time::Duration;
 
@@ -78,7 +79,9 @@ impl State {
         let now = Instant::now();
         let Some((since, read)) = &mut stream.pace else {
             stream.pace = Some((now, 0));
-            return 0;
+            let more = self.widest.saturating_sub(window);
+            stream.extra_window += more;
+            return more;
         };
         *read += credit;
         if *read < window / 2 {
@@ -91,6 +94,7 @@ impl State {
         }
         if self.first_window_in >= LARGEST_FIRST_WINDOW {
             stream.extra_window += window;
+            self.widest = self.widest.max(2 * window);
             return window;
         }
         let more = self.first_window_in;
