@@ -114,6 +114,8 @@ pub struct Stream {
     /// What the peer may send, and what it may send more but has not been told of.
     window_in: i64,
     credit: u32,
+    /// When a client opened it, if that matters.
+    asked: Option<Instant>,
     /// By how much its window is larger than that of a new stream.
     extra_window: u32,
     /// How much has been read since when, as far as it was asked.
@@ -158,6 +160,7 @@ impl Stream {
             has_ended: false,
             window_in: i64::from(window_in),
             credit: 0,
+            asked: None,
             extra_window: 0,
             pace: None,
             announced: None,

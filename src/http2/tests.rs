@@ -563,13 +563,19 @@ struct Far {
 impl Far {
     /// One to which and back it takes so long.
     async fn at(round_trip: Duration) -> Self {
+        let mut far = Far::greeting(round_trip).await;
+        far.answer_next(1, round_trip).await;
+        far
+    }
+
+    /// One that takes so long to acknowledge SETTINGS, and has been called.
+    async fn greeting(time: Duration) -> Self {
         let (mut peer, calls) = Peer::of_client().await;
-        tokio::time::advance(round_trip).await;
+        tokio::time::advance(time).await;
         peer.send(kind::SETTINGS, flag::ACK, 0, &[]).await;
+        // It is processed before the call begins.
+        peer.is_answered().await;
         let (answer, request) = calls.begin(post("/"), Fields::new(), true).unwrap();
-        peer.next(kind::HEADERS).await;
-        peer.send(kind::HEADERS, flag::END_HEADERS, 1, &[0x88])
-            .await;
         Far {
             peer,
             calls,
@@ -578,6 +584,15 @@ impl Far {
             window: super::STREAM_WINDOW as usize,
             first_window: super::STREAM_WINDOW as usize,
         }
+    }
+
+    /// It answers the next call after so long.
+    async fn answer_next(&mut self, stream: u32, time: Duration) {
+        self.peer.next(kind::HEADERS).await;
+        tokio::time::advance(time).await;
+        self.peer
+            .send(kind::HEADERS, flag::END_HEADERS, stream, &[0x88])
+            .await;
     }
 
     /// It sends all that it may, which is read piece by piece, each taking so long.
@@ -632,33 +647,36 @@ async fn the_window_of_a_stream_from_far_away_grows_as_long_as_its_reader_is_qui
     }
     assert_eq!((far.window, far.first_window), (MIB, MIB));
 
-    let mut near = Far::at(Duration::from_micros(900)).await;
-    for _ in 0..4 {
-        near.round(Duration::ZERO).await;
+    // One that is near, and one that was only busy at first.
+    let mut slow_to_greet = Far::greeting(Duration::from_millis(20)).await;
+    slow_to_greet
+        .answer_next(1, Duration::from_micros(900))
+        .await;
+    for mut near in [Far::at(Duration::from_micros(900)).await, slow_to_greet] {
+        for _ in 0..4 {
+            near.round(Duration::ZERO).await;
+        }
+        assert_eq!((near.window, near.first_window), (MIB, MIB));
     }
-    assert_eq!((near.window, near.first_window), (MIB, MIB));
 }
 
 #[tokio::test(start_paused = true)]
 async fn a_far_peer_may_send_little_on_a_new_stream_until_it_is_read() {
-    let mut far = Far::at(Duration::from_millis(20)).await;
+    let round_trip = Duration::from_millis(20);
+    let mut far = Far::at(round_trip).await;
     for _ in 0..8 {
         far.round(Duration::ZERO).await;
     }
-    let Far {
-        mut peer, calls, ..
-    } = far;
     let piece = vec![7; 64 * 1024];
-    let (mut read, _request) = calls.begin(post("/"), Fields::new(), true).unwrap();
-    let (_unread, _other) = calls.begin(post("/"), Fields::new(), true).unwrap();
+    let begin = |far: &Far| far.calls.begin(post("/"), Fields::new(), true).unwrap();
+    let ((mut read, _request), (_unread, _other)) = (begin(&far), begin(&far));
     for stream in [3, 5] {
-        peer.next(kind::HEADERS).await;
-        peer.send(kind::HEADERS, flag::END_HEADERS, stream, &[0x88])
-            .await;
+        far.answer_next(stream, round_trip).await;
         for _ in 0..4 * MIB / piece.len() {
-            peer.send(kind::DATA, 0, stream, &piece).await;
+            far.peer.send(kind::DATA, 0, stream, &piece).await;
         }
     }
+    let peer = &mut far.peer;
     peer.is_answered().await;
     peer.send(kind::DATA, 0, 5, b"x").await;
     let reset = peer.next(kind::RST_STREAM).await;

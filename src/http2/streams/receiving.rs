@@ -246,6 +246,7 @@ impl State {
         stream.is_begun = true;
         stream.head = Some(block);
         stream.wake_reader();
+        self.answered(key);
         if is_end {
             self.ended_by_peer(key);
         }

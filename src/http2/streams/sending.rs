@@ -76,7 +76,9 @@ impl State {
     }
 
     pub(super) fn open(&mut self, key: usize) {
+        let asked = self.asks();
         let stream = &mut self.streams[key];
+        stream.asked = asked;
         stream.id = self.next;
         stream.window_out = self.first_window_out;
         self.next += 2;

@@ -1,12 +1,12 @@
 //! How much the peer may send before more of it has been read (RFC 9113, 5.2).
 //!
 //! A stream's window is what can be under way in one round trip, so it limits how fast a far peer can
-//! send: 1 MiB brings 50 MB/s at most over 20 ms. So the time that a peer takes to acknowledge the
-//! first SETTINGS is remembered, and where it is long, streams that read half a window in less than two
-//! round trips, and so may be held up by it, have theirs doubled. At first those of all streams grow,
-//! so that a message of 4 MiB need not wait; then each stream's own, as long as its reader is as quick,
-//! and what one has come to, the next has as soon as it is read. One that is not read never has more
-//! than the former.
+//! send: 1 MiB brings 50 MB/s at most over 20 ms. So it is remembered how long a peer takes to
+//! acknowledge the first SETTINGS, or to answer a call if it does so sooner. Where that is long, streams
+//! that read half a window in less than two round trips, and so may be held up by it, have theirs
+//! doubled. At first those of all streams grow, so that a message of 4 MiB need not wait; then each
+//! stream's own, as long as its reader is as quick, and what one has come to, the next has as soon as
+//! it is read. One that is not read never has more than the former.
 
 use std::time::Duration;
 
@@ -31,7 +31,7 @@ pub(super) enum Distance {
     Unasked,
     /// The first SETTINGS were sent at this time.
     Asked(Instant),
-    /// They were acknowledged after so long.
+    /// They were acknowledged after so long, or a call was answered sooner.
     Known(Duration),
 }
 
@@ -50,6 +50,28 @@ impl State {
         }
     }
 
+    fn round_trip_if_far(&self) -> Option<Duration> {
+        match self.distance {
+            Distance::Known(round_trip) if round_trip >= FAR => Some(round_trip),
+            _ => None,
+        }
+    }
+
+    /// When a call begins, if it is of interest how soon its answer comes: the first words may have
+    /// been acknowledged late only because the peer was busy.
+    pub(super) fn asks(&self) -> Option<Instant> {
+        self.round_trip_if_far().map(|_| Instant::now())
+    }
+
+    /// An answer has begun.
+    pub(super) fn answered(&mut self, key: usize) {
+        if let Some(asked) = self.streams[key].asked
+            && let Distance::Known(round_trip) = &mut self.distance
+        {
+            *round_trip = asked.elapsed().min(*round_trip);
+        }
+    }
+
     /// So much of a stream's data has been read, or is of no use: the peer may send as much again.
     pub(super) fn credit(&mut self, key: usize, size: usize) {
         if size == 0 {
@@ -62,10 +84,8 @@ impl State {
             return;
         }
         let credit = std::mem::take(&mut stream.credit);
-        let more = match self.distance {
-            Distance::Known(round_trip) if round_trip >= FAR => self.widen(key, credit, round_trip),
-            _ => 0,
-        };
+        let round_trip = self.round_trip_if_far();
+        let more = round_trip.map_or(0, |round_trip| self.widen(key, credit, round_trip));
         let stream = &mut self.streams[key];
         stream.window_in += i64::from(credit + more);
         let id = stream.id;
