@@ -3,7 +3,7 @@
 //! number of actions, what recording and generation, the adaptation of all, and their execution
 //! take, in time and memory. Everything that the backend holds is in memory; the sources are on disk.
 //!
-//!     cargo bench --bench engine [-- [--round-trip MS] ACTIONS...]     (default: 0 1000 10000)
+//!     cargo bench --bench engine [-- [--round-trip MS] ACTIONS...]     (default: 1000 10000)
 
 #![allow(
     clippy::unwrap_used,

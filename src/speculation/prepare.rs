@@ -174,7 +174,7 @@ async fn look_up(
     }
 }
 
-/// Uploads what the jobs need and submits them.
+/// Uploads what the jobs need that are still wanted, and submits these.
 #[tracing::instrument(level = "debug", skip_all, fields(actions = jobs.len()))]
 async fn upload(
     workshop: &Workshop,
@@ -182,6 +182,7 @@ async fn upload(
     mut jobs: Vec<Job>,
     uploaded: &mut HashSet<Digest>,
 ) {
+    jobs.retain(|job| job.announcement.is_current());
     jobs.sort_by_key(|job| job.ready.urgency);
     let mut known = uploaded.clone();
     let mut needed = HashMap::new();
