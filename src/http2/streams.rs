@@ -371,7 +371,7 @@ impl State {
             window,
             first_window_in: STREAM_WINDOW,
             widest: STREAM_WINDOW,
-            distance: Distance::Unasked,
+            distance: Distance::Asked(Instant::now()),
             encoder: Encoder::default(),
             window_out: i64::from(FIRST_WINDOW),
             first_window_out: i64::from(FIRST_WINDOW),

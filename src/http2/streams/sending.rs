@@ -87,7 +87,6 @@ impl State {
 
     /// Hands frames that are due over to be written, as many as make a good write.
     pub fn assemble(&mut self, out: &mut Outbox) {
-        self.greets();
         loop {
             out.append(&mut self.control);
             if out.is_full() {

@@ -27,22 +27,13 @@ const CREDIT: u32 = STREAM_WINDOW / 2;
 /// How far the peer is.
 #[derive(Clone, Copy, Debug)]
 pub(super) enum Distance {
-    /// Nothing has been sent yet.
-    Unasked,
-    /// The first SETTINGS were sent at this time.
+    /// The connection began at this time, and with it the first SETTINGS.
     Asked(Instant),
     /// They were acknowledged after so long, or a call was answered sooner.
     Known(Duration),
 }
 
 impl State {
-    /// What was first to be said is handed over to be sent.
-    pub(super) fn greets(&mut self) {
-        if let Distance::Unasked = self.distance {
-            self.distance = Distance::Asked(Instant::now());
-        }
-    }
-
     /// The peer has acknowledged SETTINGS.
     pub(super) fn acknowledged(&mut self) {
         if let Distance::Asked(when) = self.distance {
