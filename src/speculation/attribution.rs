@@ -59,9 +59,9 @@ pub enum Message {
         /// Given back with the answer.
         reply: oneshot::Sender<()>,
     },
-    /// An action parent has ended with this result, or without one.
+    /// An action, which may be a parent, has ended with this result, or without one.
     Ended {
-        /// The parent.
+        /// The action.
         parent: FlightKey,
         /// With exit code 0.
         result: Option<Arc<ActionResult>>,
@@ -226,12 +226,14 @@ impl Attribution {
                     answers.push(Found::Completing { parent, reply });
                 }
                 Message::Ended { parent, result } => {
-                    let outputs = match (self.open.remove(&parent), result) {
-                        (Some(open), Some(result)) => {
-                            let outputs = self.outputs(&parent, &open, &result).await;
-                            outputs.map(Arc::new)
-                        }
-                        _ => None,
+                    let Some(open) = self.open.remove(&parent) else {
+                        let outputs = None;
+                        answers.push(Found::Ended { parent, outputs });
+                        continue;
+                    };
+                    let outputs = match result {
+                        Some(result) => self.outputs(&parent, &open, &result).await.map(Arc::new),
+                        None => None,
                     };
                     for parents in self.by_connection.values_mut() {
                         parents.remove(&parent);

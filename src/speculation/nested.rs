@@ -128,11 +128,6 @@ impl Nested {
         self.open.iter()
     }
 
-    /// Whether an action is an open parent.
-    pub fn is_open(&self, key: &FlightKey) -> bool {
-        self.open.contains_key(key)
-    }
-
     /// What is primed with an open parent.
     pub fn group(&self, key: &FlightKey) -> Option<&Group> {
         self.open.get(key).map(|open| &open.group)
@@ -163,7 +158,8 @@ impl Nested {
         });
     }
 
-    /// A parent has ended. It is closed when all that was asked before is answered.
+    /// What may be a parent has ended. It is closed when all that was asked before is answered, for
+    /// only then it is known.
     pub fn end(&self, parent: &FlightKey, result: Option<Arc<ActionResult>>) -> bool {
         self.attributor.tell(Message::Ended {
             parent: parent.clone(),

@@ -119,6 +119,8 @@ pub struct World {
     pub keeps_failures: Mutex<bool>,
     /// Operations that are done, by name.
     done: watch::Sender<HashMap<String, Operation>>,
+    /// While it is set, primed waits for the blobs that it reads.
+    held_reads: watch::Sender<bool>,
     /// While it is set, blobs that primed reads come back damaged.
     pub damage: Mutex<bool>,
     /// Whether clients may write to the action cache.
@@ -145,6 +147,11 @@ impl World {
     /// Whether speculative executions are kept from ending.
     pub fn hold(&self, hold: bool) {
         self.hold.send_replace(hold);
+    }
+
+    /// Whether primed is kept waiting for blobs that it reads.
+    pub fn hold_reads(&self, hold: bool) {
+        self.held_reads.send_replace(hold);
     }
 
     /// Whether clients' executions are kept from ending.
@@ -325,6 +332,7 @@ impl FakeBackend {
             state: Mutex::default(),
             behaviour: Mutex::new(Arc::new(compile)),
             hold: watch::Sender::new(false),
+            held_reads: watch::Sender::new(false),
             held_clients: watch::Sender::new(0..0),
             kept_open: watch::Sender::default(),
             stages: watch::Sender::default(),
@@ -574,6 +582,11 @@ impl ContentAddressableStorage for Service {
         request: Request<BatchReadBlobsRequest>,
     ) -> Result<Response<BatchReadBlobsResponse>, Status> {
         let damaged = is_primed(&request) && *self.0.damage.lock();
+        if is_primed(&request) {
+            let mut held = self.0.held_reads.subscribe();
+            // The world ends after its service.
+            let _ = held.wait_for(|held| !held).await;
+        }
         let request = request.into_inner();
         let mut responses = Vec::new();
         for proto in request.digests {

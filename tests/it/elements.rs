@@ -509,6 +509,34 @@ async fn a_changed_dependency_primes_what_is_built_from_it_before_that_is_asked_
 }
 
 #[tokio::test]
+async fn an_element_that_has_ended_before_primed_could_read_it_primes_what_is_built_from_it() {
+    let stage = Stage::set();
+    let client = stage.client("BuildStream", "");
+    for round in ["one", "two"] {
+        let header = text(round);
+        let action = element(Settings::default(), "dep", &[("dep.h", round)], &[]);
+        client.upload(&action).await;
+        let dep: Files = vec![("usr/include/dep.h".to_owned(), header.clone())];
+        stage.artifacts.lock().insert(action.digest, dep.clone());
+        let recorded = stage.recorded();
+        stage.backend.world.hold_reads(true);
+        let operations = client.execute(action.digest, false).await.unwrap();
+        assert_eq!(last(operations).await.result.unwrap().exit_code, 0);
+        stage.backend.world.hold_reads(false);
+        stage
+            .until("the element is recorded", || stage.recorded() > recorded)
+            .await;
+        if round == "two" {
+            assert_eq!(stage.primed_by_now(2).await, ["compile main", "link"]);
+        }
+        let mut app = stage.begin("app", &[("main.c", "main")], &[&dep]).await;
+        let program = build_app(&mut app, &header).await;
+        app.end(&[("usr/bin/app", &program)]).await;
+    }
+    assert_eq!(stage.counts("app"), (2, 0, 0));
+}
+
+#[tokio::test]
 async fn what_an_action_of_another_element_writes_is_followed() {
     let stage = Stage::set();
     for round in ["one", "two"] {

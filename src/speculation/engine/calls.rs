@@ -74,7 +74,8 @@ impl State {
                 (None, !may_go_on)
             }
         };
-        if ended && self.nested.is_open(&call.key) {
+        if ended {
+            // It may be a parent, though it is not known yet for one.
             let succeeded = result.clone().filter(|result| result.exit_code == 0);
             self.end_parent(&call.key, succeeded);
         }
