@@ -1,9 +1,10 @@
 //! The HTTP/2 connections of one thread to one upstream address: dialled when first needed and
 //! again after they ended, with a back-off while that fails.
 
-use std::future::poll_fn;
+use std::convert::Infallible;
+use std::future::{pending, poll_fn};
 use std::io;
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
 use std::time::Duration;
 
 use parking_lot::Mutex;
@@ -15,13 +16,19 @@ use super::health::UpstreamHealth;
 use super::keep_alive::until_dead;
 use crate::address::Address;
 use crate::http2::HANDSHAKE_TIMEOUT;
-use crate::http2::connection::{Calls, Connection};
+use crate::http2::connection::{Calls, Connection, Pulse};
 use crate::http2::fields::Fields;
 use crate::http2::stream::{Load, StreamError};
 use crate::task;
 
 /// One HTTP/2 connection limits 64 concurrent streams to about half of what two of them carry.
 const CONNECTIONS: usize = 2;
+/// Where the upstream takes only so many streams on a connection (100, of many servers), there are
+/// further ones: a call that takes long must not keep others waiting, as it would not if each client
+/// had a connection of its own.
+const MOST: usize = 32;
+/// Further ones are given up when they were of no use for so long.
+const USELESS: Duration = Duration::from_secs(60);
 /// How many streams one of them carries before the other is used: where there are few, whatever was
 /// used last is quickest.
 const FEW: usize = 8;
@@ -70,9 +77,9 @@ pub struct Connections {
     dialer: Dialer,
     health: Arc<UpstreamHealth>,
     keep_alive: Duration,
-    slots: [Slot; CONNECTIONS],
+    slots: [Arc<Slot>; MOST],
     /// For calls with long headers.
-    aside: Slot,
+    aside: Arc<Slot>,
     back_off: Mutex<BackOff>,
 }
 
@@ -80,6 +87,7 @@ pub struct Connections {
 struct Slot {
     open: Mutex<Option<Calls>>,
     dialling: tokio::sync::Mutex<()>,
+    is_further: bool,
 }
 
 /// After failures in a row, the next attempt has to wait.
@@ -96,8 +104,13 @@ impl Connections {
             dialer,
             health,
             keep_alive,
-            slots: Default::default(),
-            aside: Slot::default(),
+            slots: std::array::from_fn(|index| {
+                Arc::new(Slot {
+                    is_further: index >= CONNECTIONS,
+                    ..Slot::default()
+                })
+            }),
+            aside: Arc::default(),
             back_off: Mutex::default(),
         }
     }
@@ -107,31 +120,47 @@ impl Connections {
     /// # Errors
     /// `ConnectError`, when there is none within `patience`.
     pub async fn ready(&self, headers: Headers, patience: Duration) -> Result<Calls, ConnectError> {
-        let slot = match headers {
-            Headers::Usual => &self.slots[lightest(self.slots.iter().map(Slot::load))],
-            Headers::Long => &self.aside,
-        };
+        let slot = self.slot(headers);
         match slot.open() {
             Some(open) => Ok(open),
             // Boxed: it is rare, and large for something that is part of every call.
-            None => Box::pin(self.connected(slot, patience)).await,
+            None => Box::pin(self.connected(headers, patience)).await,
         }
     }
 
-    async fn connected(&self, slot: &Slot, patience: Duration) -> Result<Calls, ConnectError> {
+    fn slot(&self, headers: Headers) -> &Arc<Slot> {
+        match headers {
+            Headers::Usual => &self.slots[lightest(self.slots.iter().map(|slot| slot.load()))],
+            Headers::Long => &self.aside,
+        }
+    }
+
+    async fn connected(&self, headers: Headers, patience: Duration) -> Result<Calls, ConnectError> {
         let deadline = Instant::now() + patience;
         loop {
+            let slot = self.slot(headers);
             match self.turn(slot, Instant::now()).await {
-                Err(error) if Instant::now() >= deadline => return Err(error),
-                Err(_) => {}
-                open => return open,
+                // Others have waited for it, too. If they have filled it, there may be another.
+                Ok(open) if open.load().is_full && !Arc::ptr_eq(slot, self.slot(headers)) => {}
+                Ok(open) => return Ok(open),
+                Err(error) => match self.lightest_open() {
+                    Some(open) if headers == Headers::Usual => return Ok(open),
+                    _ if Instant::now() >= deadline => return Err(error),
+                    _ => {}
+                },
             }
         }
     }
 
+    /// Where calls can go if there is no other connection to be had.
+    fn lightest_open(&self) -> Option<Calls> {
+        let open = self.slots.iter().filter_map(|slot| slot.open());
+        open.min_by_key(Calls::load)
+    }
+
     /// Connects, after the pause that earlier failures make due, or waits for whoever does so
     /// already. A failure since `arrived` is shared.
-    async fn turn(&self, slot: &Slot, arrived: Instant) -> Result<Calls, ConnectError> {
+    async fn turn(&self, slot: &Arc<Slot>, arrived: Instant) -> Result<Calls, ConnectError> {
         let _turn = slot.dialling.lock().await;
         if let Some(open) = slot.open() {
             return Ok(open);
@@ -144,13 +173,13 @@ impl Connections {
             let pause = self.back_off.lock().pause;
             tokio::time::sleep_until(failed + pause).await;
         }
-        let open = self.connect().await?;
+        let open = self.connect(slot).await?;
         *slot.open.lock() = Some(open.clone());
         Ok(open)
     }
 
-    async fn connect(&self) -> Result<Calls, ConnectError> {
-        let opening = tokio::time::timeout(HANDSHAKE_TIMEOUT, self.open());
+    async fn connect(&self, slot: &Arc<Slot>) -> Result<Calls, ConnectError> {
+        let opening = tokio::time::timeout(HANDSHAKE_TIMEOUT, self.open(slot));
         let opened = opening
             .await
             .unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into()));
@@ -177,16 +206,29 @@ impl Connections {
         }
     }
 
-    async fn open(&self) -> io::Result<Calls> {
+    async fn open(&self, slot: &Arc<Slot>) -> io::Result<Calls> {
         let (calls, connection) = Connection::client(self.dialer.dial().await?);
+        let known = self.slots.iter().find_map(|slot| slot.max_streams());
+        if let Some(max_streams) = known {
+            calls.expect_max_streams(max_streams);
+        }
         self.health.opened(self.dialer.address());
         // A Unix socket's other end cannot vanish in silence.
         let by_network = !self.dialer.address().is_unix();
         let watched = by_network.then(|| until_dead(connection.pulse(), self.keep_alive));
+        let retired = slot
+            .is_further
+            .then(|| retire(Arc::downgrade(slot), connection.pulse()));
         let driven = drive(connection, watched, self.keep_alive);
         let (health, address) = (self.health.clone(), self.dialer.address().clone());
         task::spawn("upstream connection", async move {
-            let ended = driven.await;
+            let ended = match retired {
+                None => driven.await,
+                Some(retired) => tokio::select! {
+                    ended = driven => ended,
+                    never = retired => match never {},
+                },
+            };
             health.closed();
             if let Err(error) = ended {
                 health.failed(&address, &error);
@@ -197,11 +239,15 @@ impl Connections {
 }
 
 /// The first that carries few streams, and no transfer which others would wait behind; else the one
-/// that carries least. No more are looked at than it takes.
+/// that carries least. No more are looked at than it takes, and further ones only when the others are
+/// full.
 fn lightest(loads: impl Iterator<Item = Load>) -> usize {
-    let (mut lightest, mut least) = (0, None);
+    let (mut lightest, mut least) = (0, None::<Load>);
     for (index, load) in loads.enumerate() {
-        if load.transfers == 0 && load.streams < FEW {
+        if index >= CONNECTIONS && least.is_some_and(|least| !least.is_full) {
+            break;
+        }
+        if !load.is_full && load.transfers == 0 && load.streams < FEW {
             return index;
         }
         if least.is_none_or(|least| load < least) {
@@ -211,10 +257,30 @@ fn lightest(loads: impl Iterator<Item = Load>) -> usize {
     lightest
 }
 
+/// Takes a further connection out of its slot when it has been of no use for a while: then it ends.
+async fn retire(slot: Weak<Slot>, pulse: Pulse) -> Infallible {
+    let mut heard = None;
+    loop {
+        tokio::time::sleep(USELESS).await;
+        let now = pulse.heard();
+        if heard.replace(now) == Some(now) && !pulse.has_calls() {
+            break;
+        }
+    }
+    if let Some(slot) = slot.upgrade() {
+        *slot.open.lock() = None;
+    }
+    pending().await
+}
+
 impl Slot {
     fn load(&self) -> Load {
         let open = self.open.lock();
         open.as_ref().map(Calls::load).unwrap_or_default()
+    }
+
+    fn max_streams(&self) -> Option<usize> {
+        self.open.lock().as_ref()?.max_streams()
     }
 
     fn open(&self) -> Option<Calls> {
@@ -248,13 +314,23 @@ where
 
 #[cfg(test)]
 mod tests {
+    use std::pin::pin;
+
+    use http::Method;
+    use http::uri::{Authority, PathAndQuery, Scheme};
+
     use super::*;
+    use crate::http2::hpack::Pseudo;
 
     #[test]
     fn a_second_connection_is_used_beside_a_transfer_and_for_many_streams() {
         let chosen = |loads: [(usize, usize); 2]| {
             let loads = loads.into_iter();
-            lightest(loads.map(|(transfers, streams)| Load { transfers, streams }))
+            lightest(loads.map(|(transfers, streams)| Load {
+                is_full: false,
+                transfers,
+                streams,
+            }))
         };
         assert_eq!(chosen([(0, 0), (0, 0)]), 0);
         assert_eq!(chosen([(0, FEW - 1), (0, 0)]), 0, "few are no load");
@@ -267,5 +343,51 @@ mod tests {
         assert_eq!(chosen([(1, 1), (1, 2)]), 0);
         assert_eq!(chosen([(0, 30), (0, 29)]), 1);
         assert_eq!(chosen([(0, 30), (0, 30)]), 0);
+    }
+
+    #[test]
+    fn further_connections_are_used_when_those_before_them_are_full() {
+        let takes = 4;
+        let chosen = |streams: [usize; 4]| {
+            let loads = streams.into_iter();
+            lightest(loads.map(|streams| Load {
+                is_full: streams >= takes,
+                transfers: 0,
+                streams,
+            }))
+        };
+        assert_eq!(chosen([3, 0, 0, 0]), 0);
+        assert_eq!(chosen([4, 0, 0, 0]), 1);
+        assert_eq!(chosen([4, 4, 0, 0]), 2);
+        assert_eq!(chosen([4, 4, 4, 0]), 3);
+        assert_eq!(chosen([4, 3, 0, 0]), 1);
+        assert_eq!(chosen([5, 4, 6, 7]), 1, "all are full");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_further_connection_is_given_up_when_it_carried_no_call_for_a_while() {
+        let (near, _far) = tokio::io::duplex(1024);
+        let (calls, connection) = Connection::client(near);
+        let slot = Arc::new(Slot {
+            open: Mutex::new(Some(calls.clone())),
+            is_further: true,
+            ..Slot::default()
+        });
+        let mut retired = pin!(retire(Arc::downgrade(&slot), connection.pulse()));
+        let mut later = async || tokio::time::timeout(USELESS * 3, &mut retired).await;
+        let (scheme, authority) = (Scheme::HTTP, Authority::from_static("localhost"));
+        let request = (
+            Method::POST,
+            scheme,
+            authority,
+            PathAndQuery::from_static("/"),
+        );
+        let request = Pseudo::Request(Box::new(request));
+        let call = calls.begin(request, Fields::new(), true).unwrap();
+        assert!(later().await.is_err());
+        assert!(slot.open().is_some());
+        drop(call);
+        assert!(later().await.is_err());
+        assert!(slot.open().is_none());
     }
 }

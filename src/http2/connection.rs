@@ -333,6 +333,16 @@ impl Calls {
         self.shared.lock().takes_calls()
     }
 
+    /// How many calls the peer takes at a time, if it has said so.
+    pub fn max_streams(&self) -> Option<usize> {
+        self.shared.lock().said_max_streams()
+    }
+
+    /// How many calls the peer is given at a time before it says how many it takes.
+    pub fn expect_max_streams(&self, max_streams: usize) {
+        self.shared.lock().expect_max_streams(max_streams);
+    }
+
     /// How much it has to carry now.
     pub fn load(&self) -> Load {
         self.shared.lock().load()

@@ -71,8 +71,9 @@ pub enum StreamError {
     /// The peer broke the rules, or went on for too long: it was reset on this side.
     #[error("the peer broke HTTP/2's rules: {0}")]
     Violation(Reason),
-    /// The peer has said farewell (GOAWAY), and did not look at the stream.
-    #[error("the peer has gone away: {0}")]
+    /// The peer did not look at the stream: it has said farewell (GOAWAY), or had as many as it takes
+    /// (REFUSED_STREAM and the like).
+    #[error("the peer did not look at it: {0}")]
     NotProcessed(Reason),
     /// The connection is gone.
     #[error("{0}")]
@@ -82,6 +83,8 @@ pub enum StreamError {
 /// What a connection has to carry. Less is less to wait behind.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Load {
+    /// Whether further streams would have to wait until others end.
+    pub is_full: bool,
     /// Streams that have moved a lot.
     pub transfers: usize,
     /// All that are not at their end.
@@ -318,7 +321,9 @@ pub struct State {
     window_out: i64,
     first_window_out: i64,
     frame_size: usize,
-    max_streams: usize,
+    /// How many streams the peer takes, once it has said so, and how many it is given until then.
+    max_streams: Option<usize>,
+    first_streams: usize,
     /// Whole frames that may overtake all others.
     control: Vec<u8>,
     fast: VecDeque<(usize, Frame)>,
@@ -376,7 +381,8 @@ impl State {
             window_out: i64::from(FIRST_WINDOW),
             first_window_out: i64::from(FIRST_WINDOW),
             frame_size: FIRST_FRAME_SIZE as usize,
-            max_streams: FIRST_STREAMS,
+            max_streams: None,
+            first_streams: FIRST_STREAMS,
             control,
             fast: VecDeque::new(),
             slow: VecDeque::new(),
@@ -432,10 +438,26 @@ impl State {
     /// How much there is to carry.
     pub fn load(&mut self) -> Load {
         self.transfers.retain(|id| self.by_id.contains_key(id));
+        let streams = self.open_streams();
         Load {
+            is_full: streams >= self.max_streams(),
             transfers: self.transfers.len(),
-            streams: self.open_streams(),
+            streams,
         }
+    }
+
+    /// How many streams the peer takes, if it has said so.
+    pub fn said_max_streams(&self) -> Option<usize> {
+        self.max_streams
+    }
+
+    /// What the peer will most likely say.
+    pub fn expect_max_streams(&mut self, max_streams: usize) {
+        self.first_streams = max_streams;
+    }
+
+    fn max_streams(&self) -> usize {
+        self.max_streams.unwrap_or(self.first_streams)
     }
 
     /// So much of a stream's data has come or is about to leave.
@@ -583,7 +605,7 @@ impl State {
             fields,
             is_end,
         };
-        if self.by_id.len() < self.max_streams {
+        if self.by_id.len() < self.max_streams() {
             self.open(key);
             self.queue(key, head);
         } else {

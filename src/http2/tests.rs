@@ -744,9 +744,61 @@ async fn calls_that_a_farewell_does_not_count_were_not_processed_and_others_end_
 }
 
 #[tokio::test]
+async fn a_connection_that_carries_what_its_peer_takes_is_full_until_a_stream_ends() {
+    let (mut peer, calls) = Peer::of_client().await;
+    let begin = || calls.begin(post("/"), Fields::new(), true).unwrap();
+    let _two = [begin(), begin()];
+    assert!(!calls.load().is_full);
+    calls.expect_max_streams(2);
+    assert!(calls.load().is_full);
+    calls.expect_max_streams(100);
+    assert_eq!(calls.max_streams(), None);
+    peer.send(kind::SETTINGS, 0, 0, &[0, 3, 0, 0, 0, 2]).await;
+    peer.is_answered().await;
+    assert!(calls.load().is_full);
+    assert_eq!(calls.max_streams(), Some(2));
+    peer.send(kind::HEADERS, WHOLE, 1, &[0x88]).await;
+    peer.is_answered().await;
+    assert!(!calls.load().is_full);
+    peer.send(kind::SETTINGS, 0, 0, &[]).await;
+    let _third = begin();
+    peer.is_answered().await;
+    assert!(calls.load().is_full, "what was said once holds");
+}
+
+#[tokio::test]
+async fn of_refused_streams_those_were_not_processed_that_were_more_than_the_peer_takes() {
+    let (mut peer, calls) = Peer::of_client().await;
+    let begin = || calls.begin(post("/"), Fields::new(), true).unwrap();
+    let mut begun = [begin(), begin(), begin(), begin(), begin()];
+    for _ in &begun {
+        peer.next(kind::HEADERS).await;
+    }
+    peer.send(kind::SETTINGS, 0, 0, &[0, 3, 0, 0, 0, 2]).await;
+    let (refused, calm) = (Reason::REFUSED_STREAM, Reason::ENHANCE_YOUR_CALM);
+    for (id, reason) in [(9, refused), (7, calm), (5, Reason::CANCEL), (3, refused)] {
+        peer.send(kind::RST_STREAM, 0, id, &reason.0.to_be_bytes())
+            .await;
+        let head = &mut begun[id as usize / 2].0;
+        let error = poll_fn(|cx| head.poll_head(cx)).await.unwrap_err();
+        match id {
+            9 | 7 => assert!(matches!(error, StreamError::NotProcessed(of) if of == reason)),
+            _ => assert!(
+                matches!(error, StreamError::Reset(of) if of == reason),
+                "{id}"
+            ),
+        }
+    }
+}
+
+#[tokio::test]
 async fn a_call_that_has_moved_a_lot_is_a_transfer_until_it_ends() {
     let (mut peer, calls) = Peer::of_client().await;
-    let load = |transfers, streams| Load { transfers, streams };
+    let load = |transfers, streams| Load {
+        is_full: false,
+        transfers,
+        streams,
+    };
     assert_eq!(calls.load(), load(0, 0));
     let begin = || calls.begin(post("/"), Fields::new(), true).unwrap();
     let (mut one, _out) = begin();

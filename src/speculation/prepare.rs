@@ -30,8 +30,8 @@ const BATCH: usize = 256;
 /// The first batch is small, so that the lane has work soon.
 const FIRST_BATCH: usize = 16;
 /// Lookups under way at once, at least. A backend that is far away is asked more at a time, so many
-/// for each millisecond that it takes to answer, up to what leaves room for clients where it takes
-/// no more than 100 calls on a connection.
+/// for each millisecond that it takes to answer, up to what one connection carries of most servers
+/// (100 calls), with room left for executions.
 const LOOKUPS: usize = 16;
 const LOOKUPS_PER_MS: u128 = 8;
 const MOST_LOOKUPS: usize = 64;

@@ -122,6 +122,13 @@ impl AnyServer {
         AnyServer::start_by(grpcio.python("server.py"), transport, directory, &[])
     }
 
+    /// The same on a Unix socket; it takes no more than so many calls at a time on a connection.
+    pub fn start_narrow(directory: &Path, grpcio: Grpcio, max_streams: usize) -> Self {
+        let mut command = grpcio.python("server.py");
+        command.env("MAX_STREAMS", max_streams.to_string());
+        AnyServer::start_by(command, Transport::Unix, directory, &[])
+    }
+
     /// Listens on a Unix socket, and for TLS; with `client_ca` for clients that show a certificate
     /// only.
     pub fn start_tls(

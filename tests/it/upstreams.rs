@@ -12,7 +12,9 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
 
+use bytes::Bytes;
 use primed::cas::Digest;
+use primed::grpc::framed;
 use primed::reapi::google::bytestream::byte_stream_client::ByteStreamClient;
 use primed::reapi::google::bytestream::{ReadRequest, WriteRequest};
 use primed::reapi::{FindMissingBlobsRequest, GetActionResultRequest};
@@ -22,6 +24,7 @@ use serde_json::{Value, json};
 use crate::backend::FakeBackend;
 use crate::client::{Build, Recipe, Way, connect};
 use crate::grpcio::{AnyServer, Grpcio, Session, hex};
+use crate::http2::{Ending, answer_of, begin, connect as connect_http2, headers, in_time};
 use crate::project::Project;
 use crate::relay::{Faults, Relay};
 use crate::support::{Casd, Counts, Primed, scratch, wait_until};
@@ -98,6 +101,56 @@ fn headers_are_added_in_place_of_the_clients_own() {
     assert_eq!(seen["x-other"], json!(["stays"]));
     let log = stage.primed.daemon.log();
     assert!(!log.contains("Bearer"), "{log}");
+}
+
+#[test]
+fn clients_do_not_wait_for_each_other_where_the_upstream_takes_few_calls_on_a_connection() {
+    for grpcio in [Grpcio::Old, Grpcio::New] {
+        let scratch = scratch();
+        let server = AnyServer::start_narrow(scratch.path(), grpcio, 4);
+        let primed = Primed::start(scratch.path(), server.address());
+        for target in [server.target(), &primed.address()] {
+            // None of them ends before all are answered.
+            let ended = Grpcio::New.run("crowd.py", &[target, "60"]);
+            let ended: Value = serde_json::from_str(&ended).unwrap();
+            assert_eq!(ended, json!({"OK": 60}), "{target}");
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn calls_wait_for_each_other_where_the_upstream_takes_no_further_connection() {
+    let scratch = scratch();
+    let server = AnyServer::start_narrow(scratch.path(), Grpcio::New, 1);
+    let primed = Primed::start(scratch.path(), server.address());
+    let client = connect_http2(&primed.socket()).await;
+    let fields = || headers(&[("content-type", b"application/grpc"), ("te", b"trailers")]);
+    let (first, mut request) = begin(&client, "/some.Service/Greet", fields()).await;
+    let mut first = in_time(first).await.unwrap();
+    in_time(first.body_mut().data()).await.unwrap().unwrap();
+
+    std::fs::remove_file(server.socket()).unwrap();
+    let (second, mut message) = begin(&client, ECHO, fields()).await;
+    message
+        .send_data(framed(&Bytes::from("hello")), true)
+        .unwrap();
+    wait_until("primed has tried to connect", || {
+        primed
+            .daemon
+            .log()
+            .contains("the upstream is not available")
+    });
+    request.send_data(Bytes::new(), true).unwrap();
+    for response in [first, in_time(second).await.unwrap()] {
+        let Ending::Trailers(trailers) = answer_of(response).await.ending else {
+            panic!("{}", primed.daemon.log());
+        };
+        let (_, status) = trailers
+            .iter()
+            .find(|(name, _)| name == "grpc-status")
+            .unwrap();
+        assert_eq!(status, "0");
+    }
 }
 
 #[test]

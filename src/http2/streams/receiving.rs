@@ -8,8 +8,8 @@ use http::header::CONTENT_LENGTH;
 use http::{Method, StatusCode};
 
 use super::{
-    BLOCK_FACTOR, CONTINUATIONS, Call, FAREWELL, FIRST_STREAMS, Frame, LINGERING, Phase, Role,
-    State, Stream, StreamError, Unfinished,
+    BLOCK_FACTOR, CONTINUATIONS, Call, FAREWELL, Frame, LINGERING, Phase, Role, State, Stream,
+    StreamError, Unfinished,
 };
 use crate::http2::MAX_FRAME_SIZE;
 use crate::http2::fields::Fields;
@@ -288,12 +288,20 @@ impl State {
     }
 
     fn reset_by_peer(&mut self, id: u32, reason: u32) -> Result<(), Reason> {
+        let reason = Reason(reason);
+        // Streams that were opened before the peer said how many it takes.
+        let are_too_many = self.role == Role::Client && self.by_id.len() > self.max_streams();
         if let Some(key) = self.by_id.remove(&id) {
             self.unqueue(key);
             let stream = &mut self.streams[key];
-            stream
-                .error
-                .get_or_insert(StreamError::Reset(Reason(reason)));
+            let error = match reason {
+                // The latter is what newer C-cores say (gRPC 1.85: measured).
+                Reason::REFUSED_STREAM | Reason::ENHANCE_YOUR_CALM if are_too_many => {
+                    StreamError::NotProcessed(reason)
+                }
+                reason => StreamError::Reset(reason),
+            };
+            stream.error.get_or_insert(error);
             stream.wake_reader();
             stream.wake_writer();
             self.settle(key);
@@ -334,12 +342,9 @@ impl State {
                 }
             }
         }
-        self.max_streams = match settings.max_concurrent_streams {
-            Some(max_streams) => max_streams as usize,
-            // What is not said in the first ones is not limited.
-            None if self.max_streams == FIRST_STREAMS => usize::MAX,
-            None => self.max_streams,
-        };
+        let max_streams = settings.max_concurrent_streams.map(|max| max as usize);
+        // What is not said in the first ones is not limited.
+        self.max_streams = max_streams.or(self.max_streams).or(Some(usize::MAX));
         self.open_waiting();
         frame::put(&mut self.control, kind::SETTINGS, flag::ACK, 0, &[]);
         Ok(())

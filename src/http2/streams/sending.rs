@@ -66,7 +66,7 @@ impl State {
 
     /// Opens streams that had to wait.
     pub(super) fn open_waiting(&mut self) {
-        while self.by_id.len() < self.max_streams
+        while self.by_id.len() < self.max_streams()
             && let Some((key, head)) = self.waiting.pop_front()
         {
             self.open(key);

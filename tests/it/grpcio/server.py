@@ -1,6 +1,7 @@
 """A gRPC server without a schema: bytes in, bytes out.  Usage: server.py ADDRESS [TLS_ADDRESS]
 
-Listens on ADDRESS, and for TLS on TLS_ADDRESS, and prints the ports: `port N`, `TLS port N`. A call
+Listens on ADDRESS, and for TLS on TLS_ADDRESS, and prints the ports: `port N`, `TLS port N`. With
+MAX_STREAMS in the environment, it takes no more calls at a time on a connection. A call
 whose metadata hold a plan (plan.py) is answered as planned. Of others, the last component of the
 method's path names the behaviour (BEHAVIOURS); a method that names none does not exist. The server
 notes what it saw of each call, which its client names by `call-id`; `/control/Record` returns that
@@ -8,6 +9,7 @@ note once the call has ended.
 """
 
 import json
+import os
 import sys
 import threading
 from concurrent import futures
@@ -344,7 +346,9 @@ class AnyMethod(grpc.GenericRpcHandler):
 
 def main():
     address, *tls_addresses = sys.argv[1:]
-    server = grpc.server(futures.ThreadPoolExecutor(1024), options=BIG)
+    limit = os.environ.get("MAX_STREAMS")
+    options = BIG + [("grpc.max_concurrent_streams", int(limit))] if limit else BIG
+    server = grpc.server(futures.ThreadPoolExecutor(1024), options=options)
     server.add_generic_rpc_handlers((AnyMethod(),))
     port = server.add_insecure_port(address)
     if port == 0:
