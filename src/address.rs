@@ -3,6 +3,7 @@
 //! Listeners bind them, backends and admin clients dial them.
 
 use std::fmt;
+use std::net::IpAddr;
 use std::path::PathBuf;
 use std::str::FromStr;
 
@@ -46,6 +47,16 @@ impl Address {
                 Some(format!("{}:{port}", Bracketed(host)))
             }
             Address::Embedded | Address::Unix(_) | Address::Abstract(_) => None,
+        }
+    }
+
+    /// Whether it is on this machine, as far as its name tells.
+    pub fn is_on_this_machine(&self) -> bool {
+        match self {
+            Address::Embedded | Address::Unix(_) | Address::Abstract(_) => true,
+            Address::Tcp { host, .. } | Address::Tls { host, .. } => {
+                host == "localhost" || host.parse().is_ok_and(|ip: IpAddr| ip.is_loopback())
+            }
         }
     }
 

@@ -103,6 +103,8 @@ pub struct Config {
     pub max_connections: NonZero<usize>,
     /// How many calls one client may have open on one connection.
     pub max_streams: NonZero<u32>,
+    /// How many threads forward calls.
+    pub threads: NonZero<usize>,
     /// Where `primed status` and `primed wait` connect.
     pub admin: Address,
     /// Where metrics can be read, if they can.
@@ -401,19 +403,52 @@ impl Config {
     }
 }
 
-/// Local executions at once, unless told otherwise: one for each core.
+/// One for each core: local executions at once, unless told otherwise.
 pub fn default_jobs() -> NonZero<usize> {
     std::thread::available_parallelism().unwrap_or(NonZero::<usize>::MIN)
 }
 
-/// Speculative actions at once, unless told otherwise: two for each core.
-pub fn default_max_speculative() -> NonZero<usize> {
-    default_jobs().saturating_mul(NonZero::<usize>::MIN.saturating_add(1))
+/// Speculative actions at once where `executor` executes, unless told otherwise: two for each core if
+/// it may be on this machine, and `MOST_BY_NETWORK` if it is not. How many slots it has is found out.
+pub fn default_max_speculative(executor: &Address) -> NonZero<usize> {
+    match executor.is_on_this_machine() {
+        true => default_jobs().saturating_mul(NonZero::<usize>::MIN.saturating_add(1)),
+        false => MOST_BY_NETWORK,
+    }
 }
+
+/// More than most builds ask a cluster for at once.
+const MOST_BY_NETWORK: NonZero<usize> = NonZero::<usize>::MIN.saturating_add(255);
+
+/// Threads that forward calls, unless told otherwise: one for each core, up to as many as carry more
+/// than any cluster answers. Each has connections of its own to the upstream.
+pub fn default_threads() -> NonZero<usize> {
+    default_jobs().min(MOST_THREADS)
+}
+
+const MOST_THREADS: NonZero<usize> = NonZero::<usize>::MIN.saturating_add(7);
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn more_runs_ahead_where_the_backend_is_on_another_machine() {
+        let most = |address: &str| default_max_speculative(&address.parse().unwrap()).get();
+        let here = default_jobs().get() * 2;
+        for address in [
+            "unix:/run/casd",
+            "unix-abstract:casd",
+            "localhost:1",
+            "[::1]:1",
+        ] {
+            assert_eq!(most(address), here, "{address}");
+        }
+        assert_eq!(most("127.1.2.3:8980"), here);
+        for address in ["cluster:8980", "grpcs://10.0.0.1", "localhost.example:1"] {
+            assert_eq!(most(address), 256, "{address}");
+        }
+    }
 
     #[test]
     fn defaults_stand_in_the_xdg_directories() {

@@ -10,7 +10,7 @@ use serde::Serialize;
 
 use super::settings::{self, Files, FromFile};
 use super::{Cli, Failure, exit_codes};
-use crate::config::{Environment, default_jobs, default_max_speculative};
+use crate::config::{Environment, default_jobs, default_threads};
 
 /// The command whose settings are those of all, where these have the same flags.
 const MAIN: &str = "serve";
@@ -235,9 +235,9 @@ fn derived(key: &str, environment: &Environment) -> Option<(Option<Shown>, Strin
             let cores = default_jobs().to_string();
             (Ok(Shown::One(cores)), "one for each core")
         }
-        "max-speculative" => {
-            let two = default_max_speculative().to_string();
-            (Ok(Shown::One(two)), "two for each core")
+        "threads" => {
+            let threads = default_threads().to_string();
+            (Ok(Shown::One(threads)), "one for each core, 8 at most")
         }
         _ => return None,
     };

@@ -16,7 +16,7 @@ use crate::address::{Address, ListenAddress};
 use crate::config::embedded::{ByteSize, EmbeddedConfig, SandboxMode};
 use crate::config::{
     BudgetLimits, Compat, Config, ConfigError, Environment, Mode, Patience, default_jobs,
-    default_max_speculative,
+    default_max_speculative, default_threads,
 };
 use crate::server;
 use crate::tls::client::ClientTlsFiles;
@@ -82,6 +82,9 @@ pub struct Arguments {
         default_value = "4096"
     )]
     max_streams: NonZero<u32>,
+    /// How many threads forward calls [default: one for each core, 8 at most].
+    #[arg(long, env = "PRIMED_THREADS", value_name = "N")]
+    threads: Option<NonZero<usize>>,
     /// Where the records of earlier builds are kept [default: $XDG_STATE_HOME/primed].
     #[arg(long, env = "PRIMED_STATE_DIR", value_name = "DIR")]
     state_dir: Option<PathBuf>,
@@ -111,7 +114,7 @@ pub struct Arguments {
     #[arg(long, env = "PRIMED_WATCH", value_parser = clap::builder::FalseyValueParser::new())]
     watch: bool,
     /// How many speculative actions run at once, at most; fewer while clients would have to wait
-    /// [default: two for each core].
+    /// [default: two for each core, 256 where the backend is reached by the network].
     #[arg(long, env = "PRIMED_MAX_SPECULATIVE", value_name = "N")]
     max_speculative: Option<NonZero<usize>>,
     /// For how many seconds an execution that a client has joined may be silent; then the client's
@@ -368,9 +371,14 @@ impl Arguments {
             true => (None, Vec::new(), None),
             false => (self.tls.files(), self.allow_uids, self.metrics),
         };
+        let on_the_way = self.on_the_way.resolve(&self.upstream)?;
+        let executor = on_the_way.execution.as_ref().unwrap_or(&self.upstream);
+        let max_speculative = self
+            .max_speculative
+            .unwrap_or_else(|| default_max_speculative(executor));
         let config = Config {
             embedded: self.embedded.resolve(&self.upstream, environment)?,
-            on_the_way: self.on_the_way.resolve(&self.upstream)?,
+            on_the_way,
             upstream: self.upstream,
             upstream_tls: self.upstream_tls.files(),
             listen,
@@ -378,6 +386,7 @@ impl Arguments {
             allow_uids,
             max_connections: self.max_connections,
             max_streams: self.max_streams,
+            threads: self.threads.unwrap_or_else(default_threads),
             admin,
             metrics,
             state_dir,
@@ -386,7 +395,7 @@ impl Arguments {
             // It ends before anybody edits again.
             watch: self.watch && !self.until_unused,
             budgets: self.budgets.limits(),
-            max_speculative: self.max_speculative.unwrap_or_else(default_max_speculative),
+            max_speculative,
             hedge_after: self.hedge_after,
             patience: Patience {
                 connect: self.connect_wait,

@@ -140,7 +140,8 @@ pub async fn run(config: Config, shutdown: impl Future<Output = ()>) -> Result<(
         joining: joining.clone(),
     };
     let mut watchdog = Watchdog::default();
-    let shards = Shards::start(proxy, config.max_streams.get(), DRAIN, &mut watchdog)?;
+    let (threads, max_streams) = (config.threads, config.max_streams.get());
+    let shards = Shards::start(proxy, threads, max_streams, DRAIN, &mut watchdog)?;
     let shards = Arc::new(shards);
 
     let tasks = TaskTracker::new();

@@ -1,6 +1,6 @@
-//! The threads that carry forwarded calls: one for each core, each with a runtime of its own.
-//! A connection stays on the shard that it was given to, so nothing is stolen or woken across
-//! cores; one multi-threaded runtime costs more than half as much CPU again for each call.
+//! The threads that carry forwarded calls, one for each core unless there are many; each has a runtime
+//! of its own. A connection stays on the shard that it was given to, so nothing is stolen or woken
+//! across cores; one multi-threaded runtime costs more than half as much CPU again for each call.
 
 use std::io;
 use std::num::NonZero;
@@ -44,20 +44,20 @@ enum Runs {
 }
 
 impl Shards {
-    /// Starts one shard for each core, with a proxy each, the first of them on the current runtime.
+    /// Starts so many shards with a proxy each, the first of them on the current runtime.
     /// After a shutdown they drain for at most `grace`. The watchdog hears of a shard that is stuck.
     ///
     /// # Errors
     /// When the system refuses a thread.
     pub fn start(
         proxy: impl Fn() -> Proxy,
+        count: NonZero<usize>,
         max_streams: u32,
         grace: Duration,
         watchdog: &mut Watchdog,
     ) -> io::Result<Self> {
         let (shutdown, _) = watch::channel(false);
-        let cores = std::thread::available_parallelism().map_or(1, NonZero::get);
-        let shards = (0..cores)
+        let shards = (0..count.get())
             .map(|index| {
                 let (connections, accepted) = mpsc::channel(BACKLOG);
                 let open = Arc::new(AtomicUsize::new(0));

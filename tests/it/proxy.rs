@@ -41,6 +41,25 @@ fn sockets_whose_paths_need_percent_encoding_serve_old_and_new_clients() {
     }
 }
 
+#[test]
+fn as_many_threads_as_it_is_told_to_use_carry_calls() {
+    for threads in [1, 3] {
+        let scratch = scratch();
+        let server = AnyServer::start(scratch.path(), Grpcio::New);
+        let arguments = ["--threads", &threads.to_string()];
+        let primed = Primed::start_with(scratch.path(), server.address(), &arguments);
+        // Each client's connection goes to the thread with the fewest.
+        let mut clients = [(); 3].map(|()| Session::start(Grpcio::New, &primed.address()));
+        for client in &mut clients {
+            assert_eq!(client.call("/some.Service/Echo", b"hello").code, "OK");
+        }
+        let tasks = std::fs::read_dir(format!("/proc/{}/task", primed.daemon.pid())).unwrap();
+        let names = tasks.map(|task| std::fs::read_to_string(task.unwrap().path().join("comm")));
+        let proxies = names.filter(|name| name.as_ref().unwrap().starts_with("proxy-"));
+        assert_eq!(proxies.count() + 1, threads, "one is the main thread");
+    }
+}
+
 /// A casd with primed before it, and a client of each. Returns what primed logged.
 fn with_casd(claim: impl Fn(&mut dyn FnMut(&str, &[u8]) -> Ended)) -> String {
     let scratch = scratch();
