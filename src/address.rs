@@ -206,7 +206,7 @@ impl fmt::Display for Address {
 }
 
 /// A host as it stands before a port.
-struct Bracketed<'a>(&'a str);
+pub(crate) struct Bracketed<'a>(pub(crate) &'a str);
 
 impl fmt::Display for Bracketed<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {

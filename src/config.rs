@@ -3,6 +3,7 @@
 
 pub mod embedded;
 pub mod file;
+pub mod http_proxy;
 pub mod upstream;
 
 use std::num::NonZero;
@@ -13,6 +14,7 @@ use clap::ValueEnum;
 use serde::Serialize;
 
 use self::embedded::EmbeddedConfig;
+use self::http_proxy::HttpProxy;
 use self::upstream::{UpstreamConfig, UpstreamConfigError};
 use crate::address::{Address, AddressError, ListenAddress};
 use crate::tls::client::ClientTlsFiles;
@@ -202,6 +204,10 @@ pub struct Environment {
     pub data_home: Option<PathBuf>,
     /// `HOME`.
     pub home: Option<PathBuf>,
+    /// `grpc_proxy`, `https_proxy` or `http_proxy`.
+    pub http_proxy: Option<String>,
+    /// `no_grpc_proxy` or `no_proxy`.
+    pub no_proxy: Option<String>,
     /// Whether the service manager passed sockets (`LISTEN_FDS`).
     pub has_passed_sockets: bool,
 }
@@ -215,6 +221,10 @@ impl Environment {
                 .map(PathBuf::from)
                 .filter(|path| path.is_absolute())
         };
+        let first = |names: &[&str]| {
+            let values = names.iter().filter_map(|name| std::env::var(name).ok());
+            values.into_iter().find(|value| !value.is_empty())
+        };
         Environment {
             runtime_dir: path("XDG_RUNTIME_DIR"),
             state_home: path("XDG_STATE_HOME"),
@@ -225,6 +235,8 @@ impl Environment {
                 .unwrap_or_default(),
             data_home: path("XDG_DATA_HOME"),
             home: path("HOME"),
+            http_proxy: first(&["grpc_proxy", "https_proxy", "http_proxy"]),
+            no_proxy: first(&["no_grpc_proxy", "no_proxy"]),
             // What is malformed is reported by whoever takes the sockets.
             has_passed_sockets: sd_notify::listen_fds().map_or(true, |sockets| sockets.len() > 0),
         }
@@ -252,6 +264,12 @@ impl Environment {
     pub fn data_home(&self) -> Option<PathBuf> {
         let home = || Some(self.home.as_ref()?.join(".local/share"));
         self.data_home.clone().or_else(home)
+    }
+
+    /// The HTTP proxy that gRPC would go by. What is none is ignored, as it is by gRPC.
+    pub fn http_proxy(&self) -> Option<HttpProxy> {
+        let not_for = self.no_proxy.as_deref().unwrap_or_default();
+        HttpProxy::new(self.http_proxy.as_deref()?, not_for).ok()
     }
 
     /// Where clients connect unless told otherwise: by the service manager's sockets, if there

@@ -6,6 +6,8 @@ use std::pin::Pin;
 use std::task::{Context, Poll};
 use std::time::Duration;
 
+use hyper::upgrade::Upgraded;
+use hyper_util::rt::TokioIo;
 use rustix::net::sockopt;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::TcpStream;
@@ -27,6 +29,8 @@ pub enum Transport {
     Unix(LocalSocket),
     /// TCP in the clear.
     Tcp(TcpStream),
+    /// TCP in the clear through an HTTP proxy.
+    Tunnel(Box<TokioIo<Upgraded>>),
     /// TLS over TCP, as client or server. Boxed: its buffers are ten times the size of a socket.
     Tls(Box<TlsStream<TcpStream>>),
 }
@@ -80,6 +84,7 @@ macro_rules! delegate {
         match &mut $self.get_mut().transport {
             Transport::Unix($stream) => $call,
             Transport::Tcp($stream) => $call,
+            Transport::Tunnel($stream) => $call,
             Transport::Tls($stream) => $call,
         }
     };
@@ -113,7 +118,7 @@ impl AsyncWrite for Stream {
     }
 
     fn is_write_vectored(&self) -> bool {
-        // All three are.
+        // All of them are.
         true
     }
 

@@ -14,6 +14,7 @@ pub mod instances;
 mod keep_alive;
 pub mod remote;
 mod token_file;
+mod tunnel;
 pub mod upstream;
 
 use std::pin::Pin;

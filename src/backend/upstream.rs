@@ -77,7 +77,11 @@ impl Routes {
         let destination = |address: &Address| {
             let dialer = match (address, &embedded) {
                 (Address::Embedded, Some(embedded)) => Dialer::embedded(embedded.clone()),
-                _ => Dialer::new(address.clone(), tls.clone())?,
+                _ => Dialer::new(
+                    address.clone(),
+                    tls.clone(),
+                    config.on_the_way.http_proxy.as_ref(),
+                )?,
             };
             let credentials = Credentials::new(&config.on_the_way, address)?;
             Ok(Destination::new(dialer, credentials))

@@ -371,7 +371,7 @@ impl Arguments {
             true => (None, Vec::new(), None),
             false => (self.tls.files(), self.allow_uids, self.metrics),
         };
-        let on_the_way = self.on_the_way.resolve(&self.upstream)?;
+        let on_the_way = self.on_the_way.resolve(&self.upstream, environment)?;
         let executor = on_the_way.execution.as_ref().unwrap_or(&self.upstream);
         let max_speculative = self
             .max_speculative

@@ -9,6 +9,8 @@ use super::{Failure, exit_codes};
 use crate::address::Address;
 use crate::backend::credentials::Credentials;
 use crate::backend::endpoints::Endpoints;
+use crate::config::Environment;
+use crate::config::http_proxy::HttpProxy;
 use crate::config::upstream::{
     HeaderError, HelperRule, InstanceRule, UpstreamConfig, UpstreamConfigError, UpstreamHeader,
 };
@@ -55,6 +57,16 @@ pub(super) struct UpstreamArguments {
         value_delimiter = ','
     )]
     map_instance: Vec<InstanceRule>,
+    /// HTTP proxy by which upstreams on other machines are reached (http://HOST:PORT), or none
+    /// [default: $grpc_proxy, $https_proxy or $http_proxy, but for what $no_grpc_proxy or $no_proxy
+    /// names].
+    #[arg(
+        long,
+        env = "PRIMED_UPSTREAM_PROXY",
+        hide_env_values = true,
+        value_name = "URL"
+    )]
+    upstream_proxy: Option<String>,
     /// Backend of Execution and Operations [default: that of --upstream].
     #[arg(long, env = "PRIMED_EXECUTION_UPSTREAM", value_name = "ADDR")]
     execution_upstream: Option<Address>,
@@ -72,10 +84,23 @@ fn header(text: &str) -> Result<HeaderArgument, Infallible> {
 }
 
 impl UpstreamArguments {
-    pub(super) fn resolve(self, upstream: &Address) -> Result<UpstreamConfig, Failure> {
+    pub(super) fn resolve(
+        self,
+        upstream: &Address,
+        environment: &Environment,
+    ) -> Result<UpstreamConfig, Failure> {
         let usage = |error: &dyn std::error::Error| Failure::new(exit_codes::USAGE, error);
         let headers: Result<_, HeaderError> = self.upstream_header.into_iter().flatten().collect();
+        let http_proxy = match self.upstream_proxy.as_deref() {
+            None => environment.http_proxy(),
+            Some("none") => None,
+            Some(url) => {
+                let proxy = HttpProxy::new(url, "");
+                Some(proxy.map_err(|error| usage(&UpstreamConfigError::from(error)))?)
+            }
+        };
         let config = UpstreamConfig {
+            http_proxy,
             headers: headers.map_err(|error| usage(&UpstreamConfigError::from(error)))?,
             token_file: self.upstream_token_file,
             credential_helpers: self.credential_helper,

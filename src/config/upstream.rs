@@ -12,6 +12,7 @@ use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD_NO_PAD;
 use http::{HeaderName, HeaderValue};
 
+use super::http_proxy::{HttpProxy, NoHttpProxy};
 use crate::address::Address;
 
 /// All of it. The default changes nothing.
@@ -25,6 +26,8 @@ pub struct UpstreamConfig {
     pub credential_helpers: Vec<HelperRule>,
     /// Instance names to replace.
     pub instances: Vec<InstanceRule>,
+    /// What stands between this machine and upstreams on others.
+    pub http_proxy: Option<HttpProxy>,
     /// Backend of `Execution` and `Operations`, if it is another than the upstream.
     pub execution: Option<Address>,
     /// Backend of `ActionCache`, if it is another than the upstream.
@@ -40,6 +43,9 @@ pub enum UpstreamConfigError {
     /// A header cannot be sent.
     #[error("--upstream-header: {0}")]
     Header(#[from] HeaderError),
+    /// A proxy cannot be asked.
+    #[error("--upstream-proxy: {0}, or none")]
+    HttpProxy(#[from] NoHttpProxy),
     /// Two rules say what to make of one instance.
     #[error("--map-instance: {0} is mapped twice; leave one of the two out")]
     InstanceTwice(Instances),

@@ -160,6 +160,11 @@ fn what_cannot_be_done_on_the_way_upstream_is_a_usage_error_that_keeps_secrets()
             "host:443=x",
             &["HOST=PROGRAM", "without port"],
         ),
+        (
+            "--upstream-proxy",
+            "https://me:s3cret@proxy",
+            &["http://HOST:PORT", "none"],
+        ),
         ("--map-instance", "main", &["FROM=TO"]),
         ("--map-instance", "a=b,a=c", &["'a'", "twice"]),
         ("--cas-upstream", "nowhere", &["nowhere", "unix:PATH"]),

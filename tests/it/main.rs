@@ -19,6 +19,7 @@ mod frames;
 mod grpcio;
 mod hidden_hits;
 mod http2;
+mod http_proxy;
 mod install;
 mod joining;
 mod journals;

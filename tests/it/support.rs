@@ -220,7 +220,16 @@ impl Primed {
     }
 
     pub fn start_with(directory: &Path, upstream: &str, arguments: &[&str]) -> Self {
-        let mut command = Primed::command();
+        Primed::start_by(Primed::command(), directory, upstream, arguments)
+    }
+
+    /// The same by a command that has more in its environment.
+    pub fn start_by(
+        mut command: Command,
+        directory: &Path,
+        upstream: &str,
+        arguments: &[&str],
+    ) -> Self {
         command
             .args(["serve", "--upstream", upstream])
             .args(["--log-level", "primed=debug"])
