@@ -22,7 +22,6 @@ use tokio_rustls::rustls::pki_types::ServerName;
 use super::embedded::Embedded;
 use super::tunnel;
 use crate::address::{Address, Bracketed};
-use crate::config::http_proxy::HttpProxy;
 use crate::local_socket::LocalSocket;
 use crate::stream::{Stream, Transport, tune_tcp};
 use crate::tls::TlsError;
@@ -47,17 +46,15 @@ pub struct Dialer {
 }
 
 impl Dialer {
-    /// Dials `address`; with `tls` if that is how it is reached, and by `proxy` if that is on the
-    /// way.
+    /// Dials `address`; with `tls` if that is how it is reached, and through `proxy` if there is one.
     ///
     /// # Errors
     /// `TlsError`, when the address's host cannot stand in a certificate.
     pub fn new(
         address: Address,
         tls: Option<Arc<ClientTls>>,
-        proxy: Option<&HttpProxy>,
+        proxy: Option<Intercept>,
     ) -> Result<Self, TlsError> {
-        let proxy = proxy.and_then(|proxy| proxy.on_the_way_to(&address));
         let tls = match (&address, tls) {
             (Address::Tls { host, .. }, Some(tls)) => {
                 let name = tls.server_name(host)?;

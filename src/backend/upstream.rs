@@ -77,11 +77,14 @@ impl Routes {
         let destination = |address: &Address| {
             let dialer = match (address, &embedded) {
                 (Address::Embedded, Some(embedded)) => Dialer::embedded(embedded.clone()),
-                _ => Dialer::new(
-                    address.clone(),
-                    tls.clone(),
-                    config.on_the_way.http_proxy.as_ref(),
-                )?,
+                _ => {
+                    let proxy = config.on_the_way.http_proxy.as_ref();
+                    let proxy = proxy.and_then(|proxy| proxy.on_the_way_to(address));
+                    if let Some(proxy) = proxy.as_ref().and_then(|proxy| proxy.uri().authority()) {
+                        tracing::info!(upstream = %address, %proxy, "there is an HTTP proxy on the way");
+                    }
+                    Dialer::new(address.clone(), tls.clone(), proxy)?
+                }
             };
             let credentials = Credentials::new(&config.on_the_way, address)?;
             Ok(Destination::new(dialer, credentials))

@@ -440,7 +440,8 @@ impl State {
         self.transfers.retain(|id| self.by_id.contains_key(id));
         let streams = self.open_streams();
         Load {
-            is_full: streams >= self.max_streams(),
+            // Where none is taken at all, another connection takes none either.
+            is_full: streams >= self.max_streams().max(1),
             transfers: self.transfers.len(),
             streams,
         }

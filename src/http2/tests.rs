@@ -767,6 +767,16 @@ async fn a_connection_that_carries_what_its_peer_takes_is_full_until_a_stream_en
 }
 
 #[tokio::test]
+async fn a_connection_on_which_nothing_may_be_asked_is_not_full_before_somebody_waits() {
+    let (mut peer, calls) = Peer::of_client().await;
+    peer.send(kind::SETTINGS, 0, 0, &[0, 3, 0, 0, 0, 0]).await;
+    peer.is_answered().await;
+    assert!(!calls.load().is_full);
+    let _one = calls.begin(post("/"), Fields::new(), true).unwrap();
+    assert!(calls.load().is_full);
+}
+
+#[tokio::test]
 async fn of_refused_streams_those_were_not_processed_that_were_more_than_the_peer_takes() {
     let (mut peer, calls) = Peer::of_client().await;
     let begin = || calls.begin(post("/"), Fields::new(), true).unwrap();
