@@ -77,11 +77,14 @@ pub struct Connections {
     dialer: Dialer,
     health: Arc<UpstreamHealth>,
     keep_alive: Duration,
-    slots: [Arc<Slot>; MOST],
+    usual: Slots,
     /// For calls with long headers.
-    aside: Arc<Slot>,
+    aside: Slots,
     back_off: Mutex<BackOff>,
 }
+
+/// Places for connections of which any will do.
+struct Slots([Arc<Slot>; MOST]);
 
 #[derive(Default)]
 struct Slot {
@@ -104,13 +107,8 @@ impl Connections {
             dialer,
             health,
             keep_alive,
-            slots: std::array::from_fn(|index| {
-                Arc::new(Slot {
-                    is_further: index >= CONNECTIONS,
-                    ..Slot::default()
-                })
-            }),
-            aside: Arc::default(),
+            usual: Slots::default(),
+            aside: Slots::default(),
             back_off: Mutex::default(),
         }
     }
@@ -120,42 +118,32 @@ impl Connections {
     /// # Errors
     /// `ConnectError`, when there is none within `patience`.
     pub async fn ready(&self, headers: Headers, patience: Duration) -> Result<Calls, ConnectError> {
-        let slot = self.slot(headers);
-        match slot.open() {
+        let slots = match headers {
+            Headers::Usual => &self.usual,
+            Headers::Long => &self.aside,
+        };
+        match slots.lightest().open() {
             Some(open) => Ok(open),
             // Boxed: it is rare, and large for something that is part of every call.
-            None => Box::pin(self.connected(headers, patience)).await,
+            None => Box::pin(self.connected(slots, patience)).await,
         }
     }
 
-    fn slot(&self, headers: Headers) -> &Arc<Slot> {
-        match headers {
-            Headers::Usual => &self.slots[lightest(self.slots.iter().map(|slot| slot.load()))],
-            Headers::Long => &self.aside,
-        }
-    }
-
-    async fn connected(&self, headers: Headers, patience: Duration) -> Result<Calls, ConnectError> {
+    async fn connected(&self, slots: &Slots, patience: Duration) -> Result<Calls, ConnectError> {
         let deadline = Instant::now() + patience;
         loop {
-            let slot = self.slot(headers);
+            let slot = slots.lightest();
             match self.turn(slot, Instant::now()).await {
                 // Others have waited for it, too. If they have filled it, there may be another.
-                Ok(open) if open.load().is_full && !Arc::ptr_eq(slot, self.slot(headers)) => {}
+                Ok(open) if open.load().is_full && !Arc::ptr_eq(slot, slots.lightest()) => {}
                 Ok(open) => return Ok(open),
-                Err(error) => match self.lightest_open() {
-                    Some(open) if headers == Headers::Usual => return Ok(open),
-                    _ if Instant::now() >= deadline => return Err(error),
-                    _ => {}
+                Err(error) => match slots.lightest_open() {
+                    Some(open) => return Ok(open),
+                    None if Instant::now() >= deadline => return Err(error),
+                    None => {}
                 },
             }
         }
-    }
-
-    /// Where calls can go if there is no other connection to be had.
-    fn lightest_open(&self) -> Option<Calls> {
-        let open = self.slots.iter().filter_map(|slot| slot.open());
-        open.min_by_key(Calls::load)
     }
 
     /// Connects, after the pause that earlier failures make due, or waits for whoever does so
@@ -208,8 +196,8 @@ impl Connections {
 
     async fn open(&self, slot: &Arc<Slot>) -> io::Result<Calls> {
         let (calls, connection) = Connection::client(self.dialer.dial().await?);
-        let known = self.slots.iter().find_map(|slot| slot.max_streams());
-        if let Some(max_streams) = known {
+        let known = [&self.usual, &self.aside].map(Slots::max_streams);
+        if let Some(max_streams) = known.into_iter().flatten().next() {
             calls.expect_max_streams(max_streams);
         }
         self.health.opened(self.dialer.address());
@@ -271,6 +259,34 @@ async fn retire(slot: Weak<Slot>, pulse: Pulse) -> Infallible {
         *slot.open.lock() = None;
     }
     pending().await
+}
+
+impl Default for Slots {
+    fn default() -> Self {
+        Slots(std::array::from_fn(|index| {
+            Arc::new(Slot {
+                is_further: index >= CONNECTIONS,
+                ..Slot::default()
+            })
+        }))
+    }
+}
+
+impl Slots {
+    fn lightest(&self) -> &Arc<Slot> {
+        &self.0[lightest(self.0.iter().map(|slot| slot.load()))]
+    }
+
+    /// Where calls can go if there is no other connection to be had.
+    fn lightest_open(&self) -> Option<Calls> {
+        let open = self.0.iter().filter_map(|slot| slot.open());
+        open.min_by_key(Calls::load)
+    }
+
+    /// How many calls the upstream takes on a connection, if it has said so.
+    fn max_streams(&self) -> Option<usize> {
+        self.0.iter().find_map(|slot| slot.max_streams())
+    }
 }
 
 impl Slot {

@@ -110,10 +110,13 @@ fn clients_do_not_wait_for_each_other_where_the_upstream_takes_few_calls_on_a_co
         let server = AnyServer::start_narrow(scratch.path(), grpcio, 4);
         let primed = Primed::start(scratch.path(), server.address());
         for target in [server.target(), &primed.address()] {
-            // None of them ends before all are answered.
-            let ended = Grpcio::New.run("crowd.py", &[target, "60"]);
-            let ended: Value = serde_json::from_str(&ended).unwrap();
-            assert_eq!(ended, json!({"OK": 60}), "{target}");
+            // Those with much metadata have connections of their own, all of them.
+            for metadata in ["0", "7200"] {
+                // None of them ends before all are answered.
+                let ended = Grpcio::New.run("crowd.py", &[target, "60", metadata]);
+                let ended: Value = serde_json::from_str(&ended).unwrap();
+                assert_eq!(ended, json!({"OK": 60}), "{target}, {metadata}");
+            }
         }
     }
 }

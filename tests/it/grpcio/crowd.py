@@ -1,7 +1,7 @@
 """Makes calls that last, each by a connection of its own, and ends them when all are answered.
-Usage: crowd.py TARGET COUNT
+Usage: crowd.py TARGET COUNT [METADATA]
 
-Prints the codes with which they ended: {CODE: COUNT}.
+METADATA is how many bytes of it each of them has. Prints the codes with which they ended: {CODE: COUNT}.
 """
 
 import collections
@@ -18,7 +18,8 @@ OWN_CONNECTION = [("grpc.use_local_subchannel_pool", 1)]
 
 
 def main():
-    target, count = sys.argv[1:]
+    target, count, *size = sys.argv[1:]
+    metadata = [("x-long", "x" * int(size[0]))] if size else []
     answered = threading.Event()
 
     def requests():
@@ -27,7 +28,7 @@ def main():
 
     channels = [open_channel(target, OWN_CONNECTION) for _ in range(int(count))]
     methods = [channel.stream_stream("/some.Service/Greet") for channel in channels]
-    calls = [method(requests(), timeout=BOUND) for method in methods]
+    calls = [method(requests(), timeout=BOUND, metadata=metadata) for method in methods]
     codes = collections.Counter()
     for call in calls:
         try:
