@@ -45,7 +45,15 @@ fn a_build_in_which_primed_is_killed_ends_as_one_in_which_casd_is() {
 fn a_build_in_which_primed_is_told_to_stop_ends_as_one_in_which_casd_is() {
     let direct = end_with_server(&mut Stage::direct(), Signal::TERM);
     let mut stage = Stage::primed();
-    assert_eq!(end_with_server(&mut stage, Signal::TERM), direct);
+    let ours = end_with_server(&mut stage, Signal::TERM);
+    let (Outcome::Failed(ours), Outcome::Failed(direct)) = (&ours, &direct) else {
+        panic!("{ours:?}, directly {direct:?}");
+    };
+    // casd may interrupt what it executes, and say so (130); primed executes nothing.
+    assert!(
+        !ours.is_empty() && ours.is_subset(direct),
+        "{ours:?}, directly {direct:?}"
+    );
     let daemon = &mut stage.primed.as_mut().unwrap().daemon;
     assert_eq!(daemon.exit_code(), Some(0), "{}", daemon.log());
     assert!(!daemon.log().contains("grace period"), "{}", daemon.log());

@@ -20,7 +20,8 @@ class Transcript:
     def ask(self, what, *arguments):
         """Asks the server something that a proxy has nothing to do with."""
         ask = self.control.unary_unary(f"/control/{what}")
-        return json.loads(ask(json.dumps(arguments).encode(), timeout=BOUND))
+        request = json.dumps(arguments).encode()
+        return json.loads(ask(request, timeout=BOUND, wait_for_ready=True))
 
     def begin(self, name, kind, method, requests, metadata=(), timeout=BOUND, **options):
         """Starts a call. A METHOD without a slash is a behaviour; its service is named after the
