@@ -116,7 +116,8 @@ impl Witness for Kept {
 pub enum Begun {
     /// It has begun. Boxed, for it is passed through many hands.
     Answer(Box<Answer>),
-    /// The upstream went away (GOAWAY) without having looked at the call, which may be sent anew.
+    /// The upstream went away (GOAWAY) or had too many calls, and has not looked at this one, which may
+    /// be sent anew.
     NotProcessed(Body, StreamError),
 }
 

@@ -32,7 +32,7 @@ use crate::http2::hpack::Pseudo;
 use crate::tls::TlsError;
 use crate::tls::client::ClientTls;
 
-/// How often a call may meet a connection that goes away without having looked at it.
+/// How often a call may meet a connection whose other end does not look at it.
 const ATTEMPTS: usize = 3;
 
 /// Where calls go, and what they take along. Shared by all threads.
