@@ -151,7 +151,12 @@ impl Reply {
             meter: self.meter,
         };
         match answer.pass_on(self.stream, &mut witnesses).await {
-            Passed::Whole | Passed::ReceiverGone => {}
+            Passed::Whole => {}
+            Passed::ReceiverGone => {
+                if let Some(tap) = witnesses.tap {
+                    tap.left();
+                }
+            }
             Passed::BrokenOff(error, stream) => {
                 let Witnesses { tap, meter } = witnesses;
                 let reply = Reply {

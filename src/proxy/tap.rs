@@ -11,7 +11,7 @@ use crate::http2::fields::Fields;
 use crate::http2::pump::Witness;
 use crate::reapi::google::longrunning::Operation;
 use crate::speculation::Engine;
-use crate::speculation::observation::{Answer, Call, Observation};
+use crate::speculation::observation::{Answer, Call, NotExecuted, Observation};
 
 /// The largest answer that a tap keeps. An `ActionResult` is far smaller.
 const MAX_ANSWER: usize = 8 * 1024 * 1024;
@@ -117,6 +117,25 @@ impl Tap {
             Method::Lookup => Observation::Lookup(self.call),
             Method::Execution => Observation::Execution(self.call),
         });
+    }
+
+    /// The client has left before the end of its call. If it was told all that an execution brings,
+    /// it has what it wanted.
+    pub fn left(self) {
+        let answer = &self.call.answer;
+        let is_told = match self.method {
+            Method::Lookup => false,
+            Method::Execution => !matches!(
+                answer.executed(),
+                Err(NotExecuted {
+                    may_go_on: true,
+                    ..
+                })
+            ),
+        };
+        if is_told {
+            self.end(None);
+        }
     }
 
     /// The call has ended with an answer that primed gave itself.

@@ -30,8 +30,6 @@ use crate::task;
 
 /// Messages that may wait for a priming that is busy.
 const MAILBOX: usize = 16 * 1024;
-/// Landings that may wait for it.
-const LANDINGS: usize = 1024;
 
 /// A handle on a priming. When it is dropped, what is queued is withdrawn.
 pub struct Priming {
@@ -129,9 +127,8 @@ impl Priming {
     pub fn start(group: &Group, workshop: Workshop) -> Self {
         let (mailbox, messages) = mpsc::channel(MAILBOX);
         let activities = workshop.activities.clone();
-        let (landed, landings) = mpsc::channel(LANDINGS);
-        let worker = Worker::new(group, mailbox.downgrade(), landed, workshop);
-        task::spawn("priming", worker.run(messages, landings));
+        let worker = Worker::new(group, mailbox.downgrade(), workshop);
+        task::spawn("priming", worker.run(messages));
         Priming {
             mailbox,
             activities,

@@ -121,6 +121,8 @@ pub struct World {
     done: watch::Sender<HashMap<String, Operation>>,
     /// While it is set, primed waits for the blobs that it reads.
     held_reads: watch::Sender<bool>,
+    /// While it is set, calls whose operations are done do not end.
+    held_streams: watch::Sender<bool>,
     /// While it is set, blobs that primed reads come back damaged.
     pub damage: Mutex<bool>,
     /// Whether clients may write to the action cache.
@@ -152,6 +154,11 @@ impl World {
     /// Whether primed is kept waiting for blobs that it reads.
     pub fn hold_reads(&self, hold: bool) {
         self.held_reads.send_replace(hold);
+    }
+
+    /// Whether calls of `Execute` stay open after all is said.
+    pub fn hold_streams(&self, hold: bool) {
+        self.held_streams.send_replace(hold);
     }
 
     /// Whether clients' executions are kept from ending.
@@ -333,6 +340,7 @@ impl FakeBackend {
             behaviour: Mutex::new(Arc::new(compile)),
             hold: watch::Sender::new(false),
             held_reads: watch::Sender::new(false),
+            held_streams: watch::Sender::new(false),
             held_clients: watch::Sender::new(0..0),
             kept_open: watch::Sender::default(),
             stages: watch::Sender::default(),
@@ -405,6 +413,7 @@ impl Drop for FakeBackend {
     fn drop(&mut self) {
         self.world.hold(false);
         self.world.hold_clients(false);
+        self.world.hold_streams(false);
         self.world.kept_open.send_modify(HashSet::clear);
         drop(self.stop.take());
         if let Some(thread) = self.thread.take() {
@@ -837,6 +846,11 @@ impl Execution for Service {
             world.state.lock().runs[index].over = true;
             if let Some(done) = done {
                 let _ = operations.send(Ok(done)).await;
+            }
+            let mut held = world.held_streams.subscribe();
+            tokio::select! {
+                _ = held.wait_for(|held| !held) => {}
+                () = operations.closed() => {}
             }
         });
         Ok(Response::new(Box::pin(ReceiverStream::new(stream))))

@@ -537,6 +537,28 @@ async fn an_element_that_has_ended_before_primed_could_read_it_primes_what_is_bu
 }
 
 #[tokio::test]
+async fn an_element_whose_client_leaves_as_soon_as_it_is_told_the_result_is_recorded() {
+    let stage = Stage::set();
+    stage.backend.world.hold_streams(true);
+    let client = stage.client("BuildStream", "");
+    let action = element(Settings::default(), "dep", &[("dep.h", "one")], &[]);
+    client.upload(&action).await;
+    let mut operations = client.execute(action.digest, false).await.unwrap();
+    let result = loop {
+        let operation = operations.message().await.unwrap().unwrap();
+        if let Some(response) = client::response(&operation) {
+            break response.result.unwrap();
+        }
+    };
+    assert_eq!(result.exit_code, 0);
+    assert_eq!(stage.recorded(), 0, "the call has not ended");
+    drop(operations);
+    stage
+        .until("the element is recorded", || stage.recorded() == 1)
+        .await;
+}
+
+#[tokio::test]
 async fn what_an_action_of_another_element_writes_is_followed() {
     let stage = Stage::set();
     for round in ["one", "two"] {

@@ -3,6 +3,8 @@
 mod flying;
 mod learning;
 mod telling;
+#[cfg(test)]
+mod tests;
 
 use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
@@ -29,6 +31,8 @@ use crate::speculation::verdict::LeftOut;
 use crate::speculation::workshop::Workshop;
 use crate::task;
 
+/// Landings that may wait for it.
+const LANDINGS: usize = 1024;
 /// How long shared records of dependents are looked for.
 const MAX_WALK: Duration = Duration::from_secs(60);
 
@@ -56,6 +60,8 @@ pub(super) struct Worker {
     /// The builds that speculative work is done for.
     builds: HashMap<WeakKey, u64>,
     landed: mpsc::Sender<Landing>,
+    /// What came of speculative work, and is not dealt with yet.
+    landings: mpsc::Receiver<Landing>,
     /// What the build shows of the plan. Of action parents too many are primed together.
     trust: Option<Trust>,
     /// What is in flight for it, and may take of the budgets.
@@ -88,13 +94,13 @@ impl Span {
 }
 
 impl Worker {
-    /// A worker for `group` that hears of landings by `landed` and tells itself things by `mailbox`.
+    /// A worker for `group` that tells itself things by `mailbox`.
     pub(super) fn new(
         group: &Group,
         mailbox: mpsc::WeakSender<(Message, Activity)>,
-        landed: mpsc::Sender<Landing>,
         workshop: Workshop,
     ) -> Self {
+        let (landed, landings) = mpsc::channel(LANDINGS);
         let (shares, trust) = match group {
             Group::Invocation(key) => (
                 BTreeMap::from([(*key, Share::Whole)]),
@@ -117,6 +123,7 @@ impl Worker {
             has_news: false,
             builds: HashMap::new(),
             landed,
+            landings,
             trust,
             reserved: HashMap::new(),
             over_budget: HashMap::new(),
@@ -127,15 +134,15 @@ impl Worker {
 
     /// Deals with messages and landings until the handle is dropped, and then with the landings of
     /// what goes on.
-    pub(super) async fn run(
-        mut self,
-        mut messages: mpsc::Receiver<(Message, Activity)>,
-        mut landings: mpsc::Receiver<Landing>,
-    ) {
+    pub(super) async fn run(mut self, mut messages: mpsc::Receiver<(Message, Activity)>) {
         loop {
+            let may_plan_at = self.may_plan_at();
             tokio::select! {
                 biased;
-                Some(landing) = landings.recv() => self.land(landing, true).await,
+                Some(landing) = self.landings.recv() => {
+                    let ready = self.land(landing).await;
+                    self.launch(ready, Trigger::Completed).await;
+                }
                 message = messages.recv() => match message {
                     Some((message, _activity)) => {
                         self.triggered = Some(Instant::now());
@@ -144,7 +151,7 @@ impl Worker {
                     }
                     None => break,
                 },
-                () = self.may_plan(), if self.has_news => {
+                () = tokio::time::sleep_until(may_plan_at.into()), if self.has_news => {
                     self.triggered = Some(Instant::now());
                     self.plan(Trigger::Observed).await;
                     self.triggered = None;
@@ -175,7 +182,10 @@ impl Worker {
         loop {
             tokio::select! {
                 biased;
-                Some(landing) = landings.recv() => self.land(landing, false).await,
+                Some(landing) = self.landings.recv() => {
+                    self.land(landing).await;
+                    self.report_verdicts(Trigger::Completed).await;
+                }
                 () = &mut landed => break,
             }
         }
@@ -251,7 +261,8 @@ impl Worker {
             }
             Message::Observed { key, result } => {
                 self.expects(&key).await;
-                self.complete(&key, Some(&result), true).await;
+                let ready = self.complete(&key, Some(&result)).await;
+                self.launch(ready, Trigger::Completed).await;
             }
         }
     }
@@ -409,8 +420,7 @@ impl Worker {
         }
         self.supersede_leftovers();
         self.report_unadaptable();
-        self.launch(ready);
-        self.report_verdicts(trigger).await;
+        self.launch(ready, trigger).await;
     }
 
     /// Cancels what is still executed for earlier builds of the planned parents, and of no use now.

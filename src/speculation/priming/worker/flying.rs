@@ -1,6 +1,6 @@
 //! What is ready takes off, and what lands completes the plan.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet, VecDeque};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -22,8 +22,33 @@ use crate::speculation::worth::Worth;
 use crate::task;
 
 impl Worker {
-    /// Announces what is ready, at once and all together, and has it prepared.
-    pub(super) fn launch(&mut self, ready: Vec<Ready>) {
+    /// Announces what is ready, has it prepared, and tells of it. Then takes in what has landed in
+    /// the meantime, and goes on with what that makes ready.
+    pub(super) async fn launch(&mut self, ready: Vec<Ready>, trigger: Trigger) {
+        let mut landed = VecDeque::new();
+        let (mut ready, mut trigger) = (ready, trigger);
+        loop {
+            while let Ok(landing) = self.landings.try_recv() {
+                landed.push_back(landing);
+            }
+            self.announce(ready, &landed);
+            self.report_verdicts(trigger).await;
+            let Some(landing) = landed.pop_front() else {
+                return;
+            };
+            ready = self.land(landing).await;
+            trigger = Trigger::Completed;
+        }
+    }
+
+    /// Announces what is ready, at once and all together, but for what has `landed` by now: it need
+    /// not be executed once more.
+    fn announce(&mut self, mut ready: Vec<Ready>, landed: &VecDeque<Landing>) {
+        let landed = landed
+            .iter()
+            .filter(|landing| !matches!(landing.outcome, Outcome::Abandoned));
+        let landed: HashSet<&FlightKey> = landed.map(|landing| &landing.key).collect();
+        ready.retain(|ready| !landed.contains(&ready.key));
         let mut jobs: HashMap<Arc<str>, Vec<Job>> = HashMap::new();
         for ready in ready {
             let key = ready.key.clone();
@@ -121,11 +146,11 @@ impl Worker {
         let mut back = plan.judge_anew(worth);
         back.retain(|ready| with_itself || ready.key != *key);
         tracing::debug!(action = %key.action, actions = back.len(), "predictions come back");
-        self.launch(back);
-        self.report_verdicts(Trigger::Observed).await;
+        self.launch(back, Trigger::Observed).await;
     }
 
-    pub(super) async fn land(&mut self, landing: Landing, go_on: bool) {
+    /// Takes in what a flight has brought. Returns what is ready now.
+    pub(super) async fn land(&mut self, landing: Landing) -> Vec<Ready> {
         let key = landing.key;
         if let Some(reservation) = self.reserved.remove(&key)
             && let Some(taken) = self.taken(&key, &landing.outcome)
@@ -135,12 +160,12 @@ impl Worker {
         match landing.outcome {
             Outcome::Primed(result) => {
                 self.tell_primed(&key).await;
-                self.complete(&key, Some(&result), go_on).await;
+                self.complete(&key, Some(&result)).await
             }
-            Outcome::Cached(result) => self.complete(&key, Some(&result), go_on).await,
-            Outcome::Failed => self.complete(&key, None, go_on).await,
+            Outcome::Cached(result) => self.complete(&key, Some(&result)).await,
+            Outcome::Failed => self.complete(&key, None).await,
             // The client may yet execute it, and then it is observed.
-            Outcome::Abandoned => {}
+            Outcome::Abandoned => Vec::new(),
         }
     }
 
@@ -177,16 +202,17 @@ impl Worker {
         Some(Beneficiary { parent, build })
     }
 
+    /// Takes in the result of an adapted action, or that there will be none. Returns what is ready
+    /// now.
     pub(super) async fn complete(
         &mut self,
         key: &FlightKey,
         result: Option<&ActionResult>,
-        go_on: bool,
-    ) {
+    ) -> Vec<Ready> {
         let recorded = self.plan.as_ref().and_then(|plan| plan.recorded(key));
         let Some((base, _)) = recorded else {
             // Of a plan that was superseded.
-            return;
+            return Vec::new();
         };
         let directory = &base.working_directory;
         let outputs = match result {
@@ -206,7 +232,7 @@ impl Worker {
             self.results.insert(key.clone(), outputs.clone());
         }
         let Some(mut plan) = self.plan.take() else {
-            return;
+            return Vec::new();
         };
         let results = std::mem::take(&mut self.results);
         let key = key.clone();
@@ -216,14 +242,11 @@ impl Worker {
         })
         .await;
         let Some((plan, ready, results)) = advanced else {
-            return;
+            return Vec::new();
         };
         self.plan = Some(plan);
         self.results = results;
         self.report_unadaptable();
-        if go_on {
-            self.launch(ready);
-        }
-        self.report_verdicts(Trigger::Completed).await;
+        ready
     }
 }

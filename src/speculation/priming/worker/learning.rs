@@ -144,17 +144,12 @@ impl Worker {
     }
 
     /// When what was learned may be planned for: planning must not take all of the time.
-    fn may_plan_at(&self) -> Instant {
+    pub(super) fn may_plan_at(&self) -> Instant {
         match &self.last_planning {
             Some(Span { began, ended }) if *ended - *began > SHORT_PLANNING => {
                 *ended + (*ended - *began)
             }
             _ => Instant::now(),
         }
-    }
-
-    /// Waits for that.
-    pub(super) async fn may_plan(&self) {
-        tokio::time::sleep_until(self.may_plan_at().into()).await;
     }
 }
