@@ -23,7 +23,6 @@ use super::schedule::Outputs;
 use super::texts::{parent_key, runs_actions, texts_of};
 use super::workshop::Workshop;
 use crate::cas::Digest;
-use crate::cas::directories::Trees;
 use crate::reapi::{Action, ActionResult, Command};
 use crate::task;
 
@@ -76,6 +75,8 @@ pub enum Found {
     Nested {
         /// The action.
         key: FlightKey,
+        /// Whether it is executed.
+        executes: bool,
         /// The parent.
         parent: Option<FlightKey>,
     },
@@ -155,9 +156,16 @@ async fn run(
         let (messages, activities): (Vec<_>, Vec<_>) = batch.drain(..).unzip();
         let activity = activities.into_iter().next();
         let Some(activity) = activity else { continue };
-        for answer in attribution.answer(messages).await {
-            // An engine that is gone needs no answer.
-            let _ = found.send((answer, activity.clone())).await;
+        let asked = messages.iter().filter_map(|message| match message {
+            Message::Asked { key, .. } => Some(key),
+            _ => None,
+        });
+        let actions = attribution.actions(asked).await;
+        for message in messages {
+            if let Some(answer) = attribution.answer(message, &actions).await {
+                // An engine that is gone needs no answer.
+                let _ = found.send((answer, activity.clone())).await;
+            }
         }
     }
 }
@@ -173,78 +181,95 @@ struct Attribution {
 
 struct OpenParent {
     working_directory: String,
-    /// Files of its input tree, and those that its actions have written: each with its names.
+    input_tree: InputTree,
+    /// Files of its input tree, if that has been read, and those that its actions have written: each
+    /// with its names.
     files: HashMap<Digest, HashSet<String>>,
     /// Its client's `correlated_invocations_id`, if any.
     correlated: String,
+}
+
+/// What is known of a parent's input tree. It may be large, as one with a compiler and its headers
+/// is: it is read when something is asked for that may be the parent's.
+enum InputTree {
+    Unread(Digest),
+    Read,
+    /// It cannot be read, so what the parent ran is not known.
+    Unreadable,
 }
 
 /// An action that is asked for, as it is stored.
 struct Stored {
     action: Action,
     encoded: Bytes,
+    /// If it may have actions executed itself.
+    command: Option<Command>,
 }
 
 impl Attribution {
-    async fn answer(&mut self, messages: Vec<Message>) -> Vec<Found> {
-        let asked = messages.iter().filter_map(|message| match message {
-            Message::Asked { key, .. } => Some(key),
-            _ => None,
-        });
-        let actions = self.actions(asked).await;
-        let mut answers = Vec::new();
-        for message in messages {
-            match message {
-                Message::Asked {
-                    origin,
+    async fn answer(
+        &mut self,
+        message: Message,
+        actions: &HashMap<FlightKey, Stored>,
+    ) -> Option<Found> {
+        match message {
+            Message::Asked {
+                origin,
+                key,
+                executes,
+            } => {
+                let stored = actions.get(&key);
+                if let Some(stored) = stored
+                    && let Some(parent) = self.parent(&origin, &key, stored, executes)
+                {
+                    return Some(Found::Parent(Box::new(parent)));
+                }
+                let parent = match stored {
+                    Some(stored) => self.asked_for_by(&origin, &key, stored).await,
+                    None if executes => None,
+                    // It may not be uploaded yet. Then it will be asked about again.
+                    None => return None,
+                };
+                if let Some(parent) = &parent {
+                    self.attributed.insert(key.clone(), parent.clone());
+                }
+                Some(Found::Nested {
                     key,
                     executes,
-                } => {
-                    // One that is not uploaded yet will be asked about again.
-                    let Some(stored) = actions.get(&key) else {
-                        continue;
-                    };
-                    let parent = self.parent(&origin, &key, stored, executes).await;
-                    answers.push(match parent {
-                        Some(parent) => Found::Parent(Box::new(parent)),
-                        None => {
-                            let parent = self.asked_for_by(&origin, &key, stored).await;
-                            if let Some(parent) = &parent {
-                                self.attributed.insert(key.clone(), parent.clone());
-                            }
-                            Found::Nested { key, parent }
-                        }
-                    });
+                    parent,
+                })
+            }
+            Message::Wrote { key, files } => {
+                let parent = self.attributed.get(&key);
+                if let Some(open) = parent.and_then(|parent| self.open.get_mut(parent)) {
+                    open.add_files(files);
                 }
-                Message::Wrote { key, files } => {
-                    let parent = self.attributed.get(&key);
-                    if let Some(open) = parent.and_then(|parent| self.open.get_mut(parent)) {
-                        open.add_files(files);
-                    }
-                }
-                Message::Completing { parent, reply } => {
-                    answers.push(Found::Completing { parent, reply });
-                }
-                Message::Ended { parent, result } => {
-                    let Some(open) = self.open.remove(&parent) else {
-                        let outputs = None;
-                        answers.push(Found::Ended { parent, outputs });
-                        continue;
-                    };
-                    let outputs = match result {
-                        Some(result) => self.outputs(&parent, &open, &result).await.map(Arc::new),
-                        None => None,
-                    };
-                    for parents in self.by_connection.values_mut() {
-                        parents.remove(&parent);
-                    }
-                    self.by_connection.retain(|_, parents| !parents.is_empty());
-                    self.attributed.retain(|_, of| *of != parent);
-                    answers.push(Found::Ended { parent, outputs });
-                }
+                None
+            }
+            Message::Completing { parent, reply } => Some(Found::Completing { parent, reply }),
+            Message::Ended { parent, result } => {
+                let outputs = self.end(&parent, result).await;
+                Some(Found::Ended { parent, outputs })
             }
         }
-        answers
+    }
+
+    /// Closes a parent. Returns what it wrote, if it succeeded and is known as one.
+    async fn end(
+        &mut self,
+        parent: &FlightKey,
+        result: Option<Arc<ActionResult>>,
+    ) -> Option<Arc<Outputs>> {
+        let open = self.open.remove(parent)?;
+        for parents in self.by_connection.values_mut() {
+            parents.remove(parent);
+        }
+        self.by_connection.retain(|_, parents| !parents.is_empty());
+        self.attributed.retain(|_, of| of != parent);
+        if matches!(open.input_tree, InputTree::Unreadable) {
+            return None;
+        }
+        self.outputs(parent, &open, &*result?).await.map(Arc::new)
     }
 
     /// The actions of `keys`, as far as the CAS has them.
@@ -256,61 +281,79 @@ impl Attribution {
         }
         let mut actions = HashMap::new();
         for (instance, digests) in by_instance {
-            let blobs = match self.workshop.cas.fetch(&instance, digests).await {
-                Ok(blobs) => blobs,
+            match self.actions_of(&instance, digests).await {
+                Ok(stored) => actions.extend(stored.into_iter().map(|(action, stored)| {
+                    let instance = instance.clone();
+                    (FlightKey { instance, action }, stored)
+                })),
                 Err(status) => {
                     tracing::debug!(%status, "actions that clients ask for cannot be read");
-                    continue;
-                }
-            };
-            for (action, encoded) in blobs {
-                let instance = instance.clone();
-                if let Ok(decoded) = Action::decode(encoded.clone()) {
-                    let stored = Stored {
-                        action: decoded,
-                        encoded,
-                    };
-                    actions.insert(FlightKey { instance, action }, stored);
                 }
             }
         }
         actions
     }
 
+    async fn actions_of(
+        &self,
+        instance: &str,
+        digests: Vec<Digest>,
+    ) -> Result<HashMap<Digest, Stored>, Status> {
+        let cas = &self.workshop.cas;
+        let mut stored = HashMap::new();
+        let mut commands = HashMap::new();
+        for (digest, encoded) in cas.fetch(instance, digests).await? {
+            let Ok(action) = Action::decode(encoded.clone()) else {
+                continue;
+            };
+            // Newer clients put the platform into the action, and need not be asked for the command.
+            let may_be_parent =
+                action.platform.is_none() || runs_actions(&action, &Command::default());
+            let parts = action_parts(&encoded, digest.function());
+            if let (true, Ok(parts)) = (may_be_parent, parts) {
+                commands.insert(digest, parts.command);
+            }
+            let command = None;
+            stored.insert(
+                digest,
+                Stored {
+                    action,
+                    encoded,
+                    command,
+                },
+            );
+        }
+        let fetched = cas.fetch(instance, commands.values().copied()).await?;
+        for (action, command) in commands {
+            let command = fetched.get(&command).cloned();
+            if let Some(stored) = stored.get_mut(&action) {
+                stored.command = command.and_then(|encoded| Command::decode(encoded).ok());
+            }
+        }
+        Ok(stored)
+    }
+
     /// Opens a parent, if the action is one.
-    async fn parent(
+    fn parent(
         &mut self,
         origin: &CallOrigin,
         key: &FlightKey,
         stored: &Stored,
         executes: bool,
     ) -> Option<FoundParent> {
-        let parts = action_parts(&stored.encoded, key.action.function()).ok()?;
-        // Newer clients put the platform into the action, and need not be asked for the command.
-        if stored.action.platform.is_some() && !runs_actions(&stored.action, &Command::default()) {
+        let function = key.action.function();
+        let parts = action_parts(&stored.encoded, function).ok()?;
+        let command = stored.command.as_ref()?;
+        if !runs_actions(&stored.action, command) {
             return None;
         }
-        let fetched = self
-            .workshop
-            .cas
-            .fetch(&key.instance, [parts.command])
-            .await;
-        let encoded = fetched.ok()?.remove(&parts.command)?;
-        let command = Command::decode(encoded).ok()?;
-        if !runs_actions(&stored.action, &command) {
-            return None;
-        }
-        if executes && !self.open.contains_key(key) {
-            let trees = self.trees(key, parts.input_root).await.ok()?;
-            let mut open = OpenParent {
+        if executes {
+            self.open.entry(key.clone()).or_insert_with(|| OpenParent {
                 working_directory: command.working_directory.clone(),
+                input_tree: InputTree::Unread(parts.input_root),
                 files: HashMap::new(),
                 correlated: origin.request_metadata().correlated_invocations_id,
-            };
-            for directory in trees.values() {
-                open.add_files(directory.files.iter().cloned());
-            }
-            self.open.insert(key.clone(), open);
+            });
         }
         Some(FoundParent {
             origin: origin.clone(),
@@ -318,19 +361,36 @@ impl Attribution {
             executes,
             identity: ActionParent {
                 instance: key.instance.clone(),
-                key: parent_key(&stored.action, &command, key.action.function()),
-                name: name_of(&command),
+                key: parent_key(&stored.action, command, function),
+                name: name_of(command),
             },
             input_root: parts.input_root,
-            texts: texts_of(&stored.action, &command, key.action.function()),
+            texts: texts_of(&stored.action, command, function),
         })
     }
 
-    async fn trees(&self, key: &FlightKey, root: Digest) -> Result<Trees, Status> {
+    /// Reads the input trees of open parents that have not been read yet.
+    async fn read_input_trees(&mut self) {
         let Workshop {
             cas, directories, ..
         } = &self.workshop;
-        directories.load(cas, &key.instance, [root]).await
+        for (key, open) in &mut self.open {
+            let InputTree::Unread(root) = open.input_tree else {
+                continue;
+            };
+            match directories.load(cas, &key.instance, [root]).await {
+                Ok(trees) => {
+                    open.input_tree = InputTree::Read;
+                    for directory in trees.values() {
+                        open.add_files(directory.files.iter().cloned());
+                    }
+                }
+                Err(status) => {
+                    tracing::debug!(action = %key.action, %status, "an input tree cannot be read");
+                    open.input_tree = InputTree::Unreadable;
+                }
+            }
+        }
     }
 
     /// The open parent on whose behalf an action is asked for. It holds more of what the action
@@ -347,7 +407,11 @@ impl Attribution {
         }
         let root = stored.action.input_root_digest.as_ref();
         let root = key.action.function().read(root).ok()?;
-        let trees = self.trees(key, root).await.ok()?;
+        self.read_input_trees().await;
+        let Workshop {
+            cas, directories, ..
+        } = &self.workshop;
+        let trees = directories.load(cas, &key.instance, [root]).await.ok()?;
         let directories = trees.values();
         let files: HashSet<(&str, Digest)> = directories
             .flat_map(|directory| &directory.files)

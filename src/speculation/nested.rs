@@ -62,6 +62,14 @@ impl Answered {
 pub struct Nested {
     attributor: Attributor,
     open: HashMap<FlightKey, OpenParent>,
+    /// How many executions were asked about, and of how many of them it is known whether they are
+    /// parents. It becomes known in order.
+    executions: u64,
+    known: u64,
+    /// Whether calls may be on behalf of parents: while any is open, and after the last one has been
+    /// closed until so many executions are known, all that had begun by then.
+    holds: bool,
+    holds_until: u64,
     /// On whose behalf actions are asked for, as far as it is known.
     attributed: HashMap<FlightKey, Option<FlightKey>>,
     held: HashMap<FlightKey, Vec<Answered>>,
@@ -73,25 +81,36 @@ impl Nested {
         Nested {
             attributor,
             open: HashMap::new(),
+            executions: 0,
+            known: 0,
+            holds: false,
+            holds_until: 0,
             attributed: HashMap::new(),
             held: HashMap::new(),
         }
     }
 
     /// Asks what an action is, and on whose behalf it is asked for.
-    pub fn ask(&self, origin: &CallOrigin, key: &FlightKey, executes: bool) -> bool {
-        self.attributor.tell(Message::Asked {
+    pub fn ask(&mut self, origin: &CallOrigin, key: &FlightKey, executes: bool) -> bool {
+        let is_told = self.attributor.tell(Message::Asked {
             origin: origin.clone(),
             key: key.clone(),
             executes,
-        })
+        });
+        self.executions += u64::from(is_told && executes);
+        is_told
+    }
+
+    /// It is known now whether the next execution is a parent; what is, is open by now.
+    pub fn is_known(&mut self) {
+        self.known += 1;
     }
 
     /// Gives an answered call back with the parent on whose behalf it was made, or holds it until
     /// that is known.
     pub fn decide(&mut self, answered: Answered) -> Option<(Answered, Option<FlightKey>)> {
         let call = answered.call();
-        if self.open.is_empty() || self.open.contains_key(&call.key) {
+        if !self.holds || self.open.contains_key(&call.key) {
             return Some((answered, None));
         }
         let parent = self.attributed.get(&call.key).cloned();
@@ -117,7 +136,7 @@ impl Nested {
     /// It is known now on whose behalf an action is asked for: the calls about it that were held.
     pub fn attribute(&mut self, key: FlightKey, parent: Option<FlightKey>) -> Vec<Answered> {
         let held = self.held.remove(&key).unwrap_or_default();
-        if !self.open.is_empty() {
+        if self.holds {
             self.attributed.insert(key, parent);
         }
         held
@@ -136,6 +155,7 @@ impl Nested {
     /// Opens a parent.
     pub fn begin(&mut self, key: FlightKey, parent: OpenParent) {
         self.open.insert(key, parent);
+        self.holds = true;
     }
 
     fn tell_written(&self, key: &FlightKey, result: &ActionResult) {
@@ -167,14 +187,22 @@ impl Nested {
         })
     }
 
-    /// Closes a parent. With the last one, calls of which nothing was found out are given back.
-    pub fn close(&mut self, parent: &FlightKey) -> (Option<OpenParent>, Vec<Answered>) {
-        let closed = self.open.remove(parent);
-        let mut rest = Vec::new();
-        if self.open.is_empty() {
-            self.attributed.clear();
-            rest.extend(self.held.drain().flat_map(|(_, held)| held));
+    /// Closes a parent.
+    pub fn close(&mut self, parent: &FlightKey) -> Option<OpenParent> {
+        let closed = self.open.remove(parent)?;
+        self.holds_until = self.executions;
+        Some(closed)
+    }
+
+    /// When no call can be on behalf of a parent any more, gives back those of which nothing was
+    /// found out.
+    pub fn let_go(&mut self) -> Vec<Answered> {
+        if !self.holds || !self.open.is_empty() || self.known < self.holds_until {
+            return Vec::new();
         }
-        (closed, rest)
+        self.holds = false;
+        self.attributed.clear();
+        let held = self.held.drain();
+        held.flat_map(|(_, held)| held).collect()
     }
 }

@@ -220,6 +220,22 @@ impl Stage {
         sources: &[(&str, &str)],
         staged: &[&Files],
     ) -> Element<'_> {
+        let element = self.execute(settings, name, sources, staged).await;
+        self.until("the element is known", || {
+            self.open_build(&element.label).is_some()
+        })
+        .await;
+        element
+    }
+
+    /// Asks for an element and has it executed, and does not wait for primed.
+    async fn execute(
+        &self,
+        settings: Settings<'_>,
+        name: &str,
+        sources: &[(&str, &str)],
+        staged: &[&Files],
+    ) -> Element<'_> {
         let client = self.client("BuildStream", "");
         let action = element(settings, name, sources, staged);
         assert!(
@@ -229,12 +245,9 @@ impl Stage {
         client.upload(&action).await;
         self.backend.world.keep_open(action.digest);
         let operations = client.execute(action.digest, false).await.unwrap();
-        let label = format!("action in {}", directory_of(name));
-        self.until("the element is known", || self.open_build(&label).is_some())
-            .await;
         Element {
             stage: self,
-            label,
+            label: format!("action in {}", directory_of(name)),
             action,
             operations,
             client,
@@ -534,6 +547,39 @@ async fn an_element_that_has_ended_before_primed_could_read_it_primes_what_is_bu
         app.end(&[("usr/bin/app", &program)]).await;
     }
     assert_eq!(stage.counts("app"), (2, 0, 0));
+}
+
+#[tokio::test]
+async fn what_an_element_runs_is_its_own_while_primed_still_has_to_read_what_was_asked_before() {
+    let stage = Stage::set();
+    let header = text("dep");
+    let dep = stage.begin("dep", &[("dep.h", "dep")], &[]).await;
+    stage.backend.world.hold_reads(true);
+    let mut blobs = HashMap::new();
+    let root = tree(&[("else.c".to_owned(), text("else"))], &mut blobs);
+    let command = client::command_of("compile else", "else.o", &mut blobs);
+    let unrelated = Action::of(command, root, "else.o", false, blobs);
+    let client = stage.client("recc", "make:1");
+    assert_eq!(client.run(&unrelated).await.0, Way::Executed);
+
+    // What has been asked so far is not answered yet when the next element runs its first action.
+    let files: Files = vec![("usr/include/dep.h".to_owned(), header.clone())];
+    let artifacts = &stage.artifacts;
+    artifacts.lock().insert(dep.action.digest, files.clone());
+    stage.backend.world.let_end(dep.action.digest);
+    assert_eq!(last(dep.operations).await.result.unwrap().exit_code, 0);
+    let sources = [("main.c", "main")];
+    let mut app = stage
+        .execute(Settings::default(), "app", &sources, &[&files])
+        .await;
+    let main = [("main.c", &text("main")), ("usr/include/dep.h", &header)];
+    let object = app.run("compile main", &main, "main.o").await;
+
+    stage.backend.world.hold_reads(false);
+    let program = app.run("link", &[("main.o", &object)], "app").await;
+    app.end(&[("usr/bin/app", &program)]).await;
+    assert_eq!(stage.counts("app"), (0, 0, 2));
+    assert_eq!(stage.primed.status()["records"]["actions"], 2);
 }
 
 #[tokio::test]

@@ -19,12 +19,16 @@ impl State {
     pub(super) fn found(&mut self, found: Found) {
         self.now = Moment::now();
         match found {
-            Found::Parent(parent) => self.open_parent(*parent),
-            Found::Nested { key, parent } => {
-                for answered in self.nested.attribute(key, parent.clone()) {
-                    self.attributed(answered, parent.as_ref());
-                }
+            Found::Parent(parent) => {
+                let (key, executes) = (parent.key.clone(), parent.executes);
+                self.open_parent(*parent);
+                self.attribute(key, executes, None);
             }
+            Found::Nested {
+                key,
+                executes,
+                parent,
+            } => self.attribute(key, executes, parent),
             Found::Completing { parent, reply } => {
                 if let Some(build) = self.open.get(&BuildKey::Action(parent.clone())) {
                     self.subactions.set(parent, build.subactions_in_order());
@@ -32,6 +36,23 @@ impl State {
                 drop(reply);
             }
             Found::Ended { parent, outputs } => self.close_parent(&parent, outputs),
+        }
+        self.let_go();
+    }
+
+    fn let_go(&mut self) {
+        for answered in self.nested.let_go() {
+            self.attributed(answered, None);
+        }
+    }
+
+    /// It is known now on whose behalf an action is asked for.
+    fn attribute(&mut self, key: FlightKey, executes: bool, parent: Option<FlightKey>) {
+        if executes {
+            self.nested.is_known();
+        }
+        for answered in self.nested.attribute(key, parent.clone()) {
+            self.attributed(answered, parent.as_ref());
         }
     }
 
@@ -113,15 +134,14 @@ impl State {
     pub(super) fn end_parent(&mut self, parent: &FlightKey, result: Option<Arc<ActionResult>>) {
         if !self.nested.end(parent, result) {
             self.close_parent(parent, None);
+            self.let_go();
         }
     }
 
     fn close_parent(&mut self, parent: &FlightKey, outputs: Option<Arc<Outputs>>) {
-        let (closed, rest) = self.nested.close(parent);
-        for answered in rest {
-            self.attributed(answered, None);
-        }
-        let Some(mut closed) = closed else { return };
+        let Some(mut closed) = self.nested.close(parent) else {
+            return;
+        };
         if let (Some(outputs), Some(priming)) = (&outputs, self.primings.get(&closed.group)) {
             priming.tell(Message::Closed {
                 asked: closed.asked,
