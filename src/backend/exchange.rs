@@ -17,7 +17,8 @@ use crate::http2::hpack::Pseudo;
 use crate::http2::pump::{Pump, PumpError, Witness};
 use crate::http2::stream::{AnswerHead, Incoming, Outgoing, StreamError};
 
-/// A request of which no more than this has been sent can be sent again, to another connection.
+/// A request of which no more than this has been sent can be sent again, to another connection. As much
+/// as most load balancers take of a call at which they have not looked.
 const MAX_KEPT: usize = 64 * 1024;
 
 /// Why a call got no answer, or not all of it.
@@ -92,13 +93,15 @@ impl Sending {
 #[derive(Default)]
 struct Kept {
     chunks: VecDeque<Bytes>,
-    size: usize,
+    /// The size of all chunks but the newest, which is taken when they have been sent.
+    sent: usize,
 }
 
 impl Witness for Kept {
     fn data(&mut self, chunk: &Bytes) {
-        self.size += chunk.len();
-        if self.size <= MAX_KEPT {
+        let newest = self.chunks.back().map_or(0, Bytes::len);
+        self.sent = self.sent.saturating_add(newest);
+        if self.sent <= MAX_KEPT {
             self.chunks.push_back(chunk.clone());
         } else {
             self.chunks = VecDeque::new();
@@ -107,7 +110,7 @@ impl Witness for Kept {
 
     fn end(&mut self, trailers: Option<&Fields>) {
         if trailers.is_some() {
-            self.size = usize::MAX;
+            self.sent = usize::MAX;
         }
     }
 }
@@ -147,7 +150,7 @@ impl Exchange {
     /// The request from its beginning, if it is all still there.
     fn take_request(&mut self) -> Option<Body> {
         let kept = std::mem::take(&mut self.kept);
-        if kept.size > MAX_KEPT {
+        if kept.sent > MAX_KEPT {
             return None;
         }
         let mut body = match self.request.pump.take() {

@@ -10,12 +10,13 @@
 use std::io;
 use std::sync::Arc;
 
-use primed::reapi::FindMissingBlobsRequest;
 use primed::reapi::content_addressable_storage_client::ContentAddressableStorageClient;
+use primed::reapi::{BatchUpdateBlobsRequest, FindMissingBlobsRequest, batch_update_blobs_request};
+use prost::Message as _;
 use tempfile::TempDir;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream, UnixStream};
-use tokio::sync::watch;
+use tokio::sync::{oneshot, watch};
 use tonic::{Code, Status};
 
 use crate::client::connect;
@@ -25,6 +26,8 @@ use crate::frames::{
 };
 use crate::support::{PATIENCE, Primed, scratch};
 
+/// How much may be sent of a call before the upstream says anything.
+const FIRST_WINDOW: usize = 65_535;
 /// How much memory primed may take.
 const MEMORY: u64 = 64 * 1024 * 1024;
 /// How many bytes of a flood must go to primed, unless it breaks that off: more than the system
@@ -204,6 +207,78 @@ async fn an_upstream_that_takes_no_call_is_unavailable_however_often_it_is_asked
     let frames = [Frame::settings(&[]), Frame::go_away(0)];
     let frames = frames.map(|frame| frame.bytes()).concat();
     is_unavailable(Conduct::Says(frames), &[]).await;
+}
+
+/// As load balancers do that end a connection after so many calls.
+#[tokio::test]
+async fn an_upload_at_which_an_upstream_has_not_looked_is_made_again_whole() {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = listener.local_addr().unwrap().to_string();
+    let (received, whole) = oneshot::channel();
+    primed::task::spawn("leaving upstream", async move {
+        let (mut leaving, _) = listener.accept().await.unwrap();
+        let body = body_of_call(&mut leaving, 0, FIRST_WINDOW).await;
+        assert_eq!(body.len(), FIRST_WINDOW, "what it takes without a look");
+        Frame::go_away(0).write(&mut leaving).await.unwrap();
+
+        let (mut staying, _) = listener.accept().await.unwrap();
+        let body = body_of_call(&mut staying, LARGEST / 2, usize::MAX).await;
+        for frame in [
+            Frame::new(HEADERS, END_HEADERS, 1, field(":status", "200")),
+            Frame::new(DATA, 0, 1, message(b"")),
+            Frame::new(
+                HEADERS,
+                END_HEADERS | END_STREAM,
+                1,
+                field("grpc-status", "0"),
+            ),
+        ] {
+            frame.write(&mut staying).await.unwrap();
+        }
+        received.send(body).unwrap();
+        let mut unread = [0; 1024];
+        while staying.read(&mut unread).await.is_ok_and(|read| read > 0) {}
+    });
+    let scratch = scratch();
+    let primed = Primed::start(scratch.path(), &address);
+    let request = BatchUpdateBlobsRequest {
+        requests: vec![batch_update_blobs_request::Request {
+            data: garbage().into(),
+            ..batch_update_blobs_request::Request::default()
+        }],
+        ..BatchUpdateBlobsRequest::default()
+    };
+    let expected = message(&request.encode_to_vec());
+    let mut client = ContentAddressableStorageClient::new(connect(&primed.socket()));
+    let answer = tokio::time::timeout(PATIENCE, client.batch_update_blobs(request));
+    answer.await.expect("it takes too long").unwrap();
+    assert!(whole.await.unwrap() == expected);
+}
+
+/// Greets, lets `window` more bytes of the first call come than HTTP/2 allows at first, and reads of
+/// its body until there are `enough` or it ends.
+async fn body_of_call(stream: &mut TcpStream, window: u32, enough: usize) -> Vec<u8> {
+    Frame::settings(&[]).write(stream).await.unwrap();
+    let mut preface = [0; PREFACE.len()];
+    stream.read_exact(&mut preface).await.unwrap();
+    if window > 0 {
+        Frame::window_update(0, window).write(stream).await.unwrap();
+    }
+    let mut body = Vec::new();
+    while body.len() < enough {
+        let frame = Frame::read(stream).await.unwrap();
+        if frame.kind == HEADERS && window > 0 {
+            let more = Frame::window_update(frame.stream, window);
+            more.write(stream).await.unwrap();
+        }
+        if frame.kind == DATA {
+            body.extend(&frame.payload);
+            if frame.flags & END_STREAM > 0 {
+                break;
+            }
+        }
+    }
+    body
 }
 
 #[tokio::test]

@@ -267,15 +267,21 @@ impl Stage {
         builds.find(is_it).cloned()
     }
 
-    /// The commands that primed has executed by itself, in order, when there are `count` of them
-    /// and all of them are over.
+    /// The commands that primed has executed by itself, in order, when there are `count` of them,
+    /// all of them are over, and primed knows that.
     async fn primed_by_now(&self, count: usize) -> Vec<String> {
         self.until("all is primed", || {
             let runs = self.backend.world.speculative();
-            runs.len() >= count && runs.iter().all(|run| run.over)
+            runs.len() >= count && runs.iter().all(|run| run.over) && self.is_idle()
         })
         .await;
         self.speculative()
+    }
+
+    /// Whether nothing is in flight.
+    fn is_idle(&self) -> bool {
+        let speculation = &self.primed.status()["speculation"];
+        [&speculation["queued"], &speculation["running"]] == [0, 0]
     }
 
     /// How many builds of elements have been recorded.

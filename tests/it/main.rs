@@ -24,6 +24,7 @@ mod install;
 mod joining;
 mod journals;
 mod listeners;
+mod load_balancers;
 mod local_cas;
 mod metrics;
 mod nested;
