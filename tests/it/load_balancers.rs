@@ -25,7 +25,7 @@ const FILE: usize = 1024 * 1024;
 fn nginx(directory: &Path, casd: &Casd) -> (Daemon, String) {
     let at = directory.display();
     let backend = casd.address();
-    // Its workers could not reach casd's socket otherwise.
+    // It could not reach casd's socket otherwise. One process, which ends when it is told to.
     let user = match rustix::process::geteuid().is_root() {
         true => "user root;",
         false => "",
@@ -33,6 +33,7 @@ fn nginx(directory: &Path, casd: &Casd) -> (Daemon, String) {
     let settings = format!(
         "{user}
         daemon off;
+        master_process off;
         pid {at}/nginx.pid;
         error_log stderr warn;
         events {{ }}
