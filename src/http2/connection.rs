@@ -31,6 +31,8 @@ const LARGE: usize = 2 * 1024;
 const BETWEEN: usize = 1024;
 /// How often it is read before other tasks have their turn.
 const TURNS: usize = 8;
+/// How often a socket is read that takes nothing more: what the system keeps of what the peer said.
+const LAST_READS: usize = 64;
 /// How far into its memory data begins. Large pieces of memory begin with a page, and so does what
 /// the system keeps of a message of 64 KiB and some bytes, for all but those bytes. To copy to a
 /// place that lies one to fifteen bytes further into its page than what is copied takes AMD's
@@ -178,7 +180,10 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
             }
             match self.poll_write(cx) {
                 Poll::Pending => break,
-                Poll::Ready(Err(error)) => return Poll::Ready(self.close(&error.to_string())),
+                Poll::Ready(Err(error)) => {
+                    self.read_out(cx);
+                    return Poll::Ready(self.close(&error.to_string()));
+                }
                 Poll::Ready(Ok(())) => {}
             }
             let mut state = self.shared.lock();
@@ -211,6 +216,15 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
             Some(error) => Err(error),
             None => Ok(()),
         })
+    }
+
+    /// The peer listens no more. What it has said before it went are answers yet, or a farewell.
+    fn read_out(&mut self, cx: &mut Context<'_>) {
+        for _ in 0..LAST_READS {
+            if !matches!(self.poll_read(cx), Poll::Ready(Ok(1..))) {
+                return;
+            }
+        }
     }
 
     /// The socket is of no more use.

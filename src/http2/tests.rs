@@ -1,12 +1,17 @@
 //! Both ends of a connection against `h2`, against each other, and against frames by hand.
 
 use std::future::poll_fn;
+use std::io;
+use std::pin::Pin;
+use std::task::{Context, Poll, Waker};
 use std::time::Duration;
 
 use bytes::Bytes;
 use http::uri::{Authority, PathAndQuery, Scheme};
 use http::{HeaderName, HeaderValue, Method, StatusCode};
-use tokio::io::{AsyncReadExt, AsyncWriteExt, DuplexStream, duplex};
+use tokio::io::{
+    AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, DuplexStream, ReadBuf, duplex,
+};
 use tokio::sync::mpsc;
 
 use super::SEND_BUFFER;
@@ -706,8 +711,8 @@ async fn no_more_waits_for_a_receiver_than_its_window_and_the_buffer_allow() {
     let mut data = Bytes::from(vec![1; 8 * SEND_BUFFER]);
     // The peer does not read: what is not sent stays here.
     let waits = poll_fn(|cx| match call.reply.poll_send(cx, &mut data, true) {
-        std::task::Poll::Pending => std::task::Poll::Ready(true),
-        std::task::Poll::Ready(_) => std::task::Poll::Ready(false),
+        Poll::Pending => Poll::Ready(true),
+        Poll::Ready(_) => Poll::Ready(false),
     });
     assert!(waits.await);
     assert_eq!(data.len(), 7 * SEND_BUFFER);
@@ -741,6 +746,70 @@ async fn calls_that_a_farewell_does_not_count_were_not_processed_and_others_end_
     assert!(one.is_end_stream());
     drop((one, two, _out, _other));
     assert!(peer.read().await.is_none(), "the connection is closed");
+}
+
+/// The end of a connection to a peer that has gone, which is found out by writing to it. What it had
+/// said is read then.
+struct Abandoned {
+    said: Vec<u8>,
+    is_found_out: bool,
+}
+
+impl AsyncRead for Abandoned {
+    fn poll_read(
+        mut self: Pin<&mut Self>,
+        _: &mut Context<'_>,
+        to: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
+        if !self.is_found_out {
+            return Poll::Pending;
+        }
+        let size = self.said.len().min(to.remaining());
+        to.put_slice(&self.said.drain(..size).collect::<Vec<u8>>());
+        Poll::Ready(Ok(()))
+    }
+}
+
+impl AsyncWrite for Abandoned {
+    fn poll_write(
+        mut self: Pin<&mut Self>,
+        _: &mut Context<'_>,
+        _: &[u8],
+    ) -> Poll<io::Result<usize>> {
+        self.is_found_out = true;
+        Poll::Ready(Err(io::ErrorKind::BrokenPipe.into()))
+    }
+
+    fn poll_flush(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Poll::Ready(Ok(()))
+    }
+
+    fn poll_shutdown(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Poll::Ready(Ok(()))
+    }
+}
+
+#[tokio::test]
+async fn what_a_peer_has_said_before_it_went_is_heard_though_nothing_can_be_sent() {
+    let mut said = Vec::new();
+    frame::put(&mut said, kind::SETTINGS, 0, 0, &[]);
+    frame::put(&mut said, kind::HEADERS, WHOLE, 1, &[0x88]);
+    frame::put(&mut said, kind::GOAWAY, 0, 0, &[0, 0, 0, 3, 0, 0, 0, 0]);
+    let is_found_out = false;
+    let (calls, mut connection) = Connection::client(Abandoned { said, is_found_out });
+    let begin = || calls.begin(post("/"), Fields::new(), true).unwrap();
+    let mut begun = [begin(), begin(), begin()];
+    poll_fn(|cx| connection.poll(cx, drop)).await.unwrap_err();
+    let heads = begun
+        .iter_mut()
+        .map(|(answer, _)| answer.poll_head(&mut Context::from_waker(Waker::noop())));
+    let [answered, broken, unseen] = Vec::from_iter(heads).try_into().ok().unwrap();
+    assert!(matches!(answered, Poll::Ready(Ok(head)) if head.status == Some(StatusCode::OK)));
+    assert!(matches!(broken, Poll::Ready(Err(StreamError::Broken(_)))));
+    assert!(matches!(
+        unseen,
+        Poll::Ready(Err(StreamError::NotProcessed(_)))
+    ));
 }
 
 #[tokio::test]
@@ -877,8 +946,8 @@ async fn a_server_that_leaves_serves_what_is_under_way_and_takes_no_more() {
     poll_fn(|cx| {
         let _ = connection.poll(cx, |begun| call = Some(begun));
         match call {
-            Some(_) => std::task::Poll::Ready(()),
-            None => std::task::Poll::Pending,
+            Some(_) => Poll::Ready(()),
+            None => Poll::Pending,
         }
     })
     .await;
