@@ -122,18 +122,8 @@ impl Tap {
     /// The client has left before the end of its call. If it was told all that an execution brings,
     /// it has what it wanted.
     pub fn left(self) {
-        let answer = &self.call.answer;
-        let is_told = match self.method {
-            Method::Lookup => false,
-            Method::Execution => !matches!(
-                answer.executed(),
-                Err(NotExecuted {
-                    may_go_on: true,
-                    ..
-                })
-            ),
-        };
-        if is_told {
+        let may_go_on = |why: NotExecuted| why.may_go_on;
+        if self.method == Method::Execution && !self.call.answer.executed().is_err_and(may_go_on) {
             self.end(None);
         }
     }

@@ -9,7 +9,6 @@
 use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 
-use bytes::Bytes;
 use prost::Message as _;
 use tokio::sync::{mpsc, oneshot};
 use tonic::Status;
@@ -17,7 +16,7 @@ use tonic::Status;
 use super::activity::{Activities, Activity};
 use super::flights::FlightKey;
 use super::observation::CallOrigin;
-use super::parent::{ActionParent, action_parts};
+use super::parent::{ActionParent, ActionParts, action_parts};
 use super::record::{files_in, output_files};
 use super::schedule::Outputs;
 use super::texts::{parent_key, runs_actions, texts_of};
@@ -201,9 +200,8 @@ enum InputTree {
 /// An action that is asked for, as it is stored.
 struct Stored {
     action: Action,
-    encoded: Bytes,
-    /// If it may have actions executed itself.
-    command: Option<Command>,
+    /// What it consists of, if it has actions executed itself.
+    parent: Option<(ActionParts, Command)>,
 }
 
 impl Attribution {
@@ -301,7 +299,7 @@ impl Attribution {
     ) -> Result<HashMap<Digest, Stored>, Status> {
         let cas = &self.workshop.cas;
         let mut stored = HashMap::new();
-        let mut commands = HashMap::new();
+        let mut candidates = Vec::new();
         for (digest, encoded) in cas.fetch(instance, digests).await? {
             let Ok(action) = Action::decode(encoded.clone()) else {
                 continue;
@@ -309,25 +307,21 @@ impl Attribution {
             // Newer clients put the platform into the action, and need not be asked for the command.
             let may_be_parent =
                 action.platform.is_none() || runs_actions(&action, &Command::default());
-            let parts = action_parts(&encoded, digest.function());
-            if let (true, Ok(parts)) = (may_be_parent, parts) {
-                commands.insert(digest, parts.command);
+            if may_be_parent && let Ok(parts) = action_parts(&encoded, digest.function()) {
+                candidates.push((digest, parts));
             }
-            let command = None;
-            stored.insert(
-                digest,
-                Stored {
-                    action,
-                    encoded,
-                    command,
-                },
-            );
+            let parent = None;
+            stored.insert(digest, Stored { action, parent });
         }
-        let fetched = cas.fetch(instance, commands.values().copied()).await?;
-        for (action, command) in commands {
-            let command = fetched.get(&command).cloned();
-            if let Some(stored) = stored.get_mut(&action) {
-                stored.command = command.and_then(|encoded| Command::decode(encoded).ok());
+        let commands = candidates.iter().map(|(_, parts)| parts.command);
+        let commands = cas.fetch(instance, commands).await?;
+        for (digest, parts) in candidates {
+            let command = commands.get(&parts.command).cloned();
+            let command = command.and_then(|encoded| Command::decode(encoded).ok());
+            if let (Some(stored), Some(command)) = (stored.get_mut(&digest), command)
+                && runs_actions(&stored.action, &command)
+            {
+                stored.parent = Some((parts, command));
             }
         }
         Ok(stored)
@@ -342,11 +336,7 @@ impl Attribution {
         executes: bool,
     ) -> Option<FoundParent> {
         let function = key.action.function();
-        let parts = action_parts(&stored.encoded, function).ok()?;
-        let command = stored.command.as_ref()?;
-        if !runs_actions(&stored.action, command) {
-            return None;
-        }
+        let (parts, command) = stored.parent.as_ref()?;
         if executes {
             self.open.entry(key.clone()).or_insert_with(|| OpenParent {
                 working_directory: command.working_directory.clone(),
