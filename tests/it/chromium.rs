@@ -13,7 +13,7 @@ use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
-use crate::support::{scratch, tools};
+use crate::support::{installed, scratch};
 
 /// A browser with one page open.
 pub struct Chromium {
@@ -30,12 +30,7 @@ pub struct Chromium {
 impl Chromium {
     /// Opens `file`, in a window of `width` by `height`; returns once it is loaded.
     pub fn open(file: &Path, (width, height): (u32, u32), dark: bool) -> Self {
-        let program = tools().join("chromium/bin/chromium-headless");
-        assert!(
-            program.exists(),
-            "{} is missing: run `scripts/tools chromium` first, or `scripts/test`, which does",
-            program.display()
-        );
+        let program = installed("chromium", "chromium/bin/chromium-headless");
         let home = scratch();
         // Commands come by its file descriptor 3, and messages go to 4.
         let mut child = Command::new("sh")

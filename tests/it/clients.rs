@@ -29,7 +29,7 @@ use primed::cas::Digest;
 use tempfile::TempDir;
 
 use crate::grpcio::Grpcio;
-use crate::support::{Casd, Daemon, Primed, make, scratch, tools, wait_until};
+use crate::support::{Casd, Daemon, Primed, installed, make, scratch, wait_until};
 
 /// How often the compiler runs for the whole program: four units and the link.
 const COMPILES: usize = 5;
@@ -342,13 +342,7 @@ fn copy(from: &Path, to: &Path, compiler: &str) {
 
 /// A client that `scripts/tools clients` installs.
 fn tool(name: &str) -> PathBuf {
-    let path = tools().join("clients/bin").join(name);
-    assert!(
-        path.exists(),
-        "{} is missing: run `scripts/tools clients` first, or `scripts/test`, which does",
-        path.display()
-    );
-    path
+    installed("clients", &format!("clients/bin/{name}"))
 }
 
 /// Waits until `daemon` listens on `port`.

@@ -272,16 +272,10 @@ impl Stage {
     async fn primed_by_now(&self, count: usize) -> Vec<String> {
         self.until("all is primed", || {
             let runs = self.backend.world.speculative();
-            runs.len() >= count && runs.iter().all(|run| run.over) && self.is_idle()
+            runs.len() >= count && runs.iter().all(|run| run.over) && self.primed.is_idle()
         })
         .await;
         self.speculative()
-    }
-
-    /// Whether nothing is in flight.
-    fn is_idle(&self) -> bool {
-        let speculation = &self.primed.status()["speculation"];
-        [&speculation["queued"], &speculation["running"]] == [0, 0]
     }
 
     /// How many builds of elements have been recorded.

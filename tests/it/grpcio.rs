@@ -18,7 +18,7 @@ use std::process::{Child, ChildStdin, Command, Stdio};
 use serde_json::{Value, json};
 
 use crate::certificates::{Credentials, Issued};
-use crate::support::{Daemon, lines, tools, wait_until};
+use crate::support::{Daemon, installed, lines, wait_until};
 
 /// A version of grpcio.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -30,15 +30,11 @@ pub enum Grpcio {
 impl Grpcio {
     /// A command that runs one of the scripts in `tests/it/grpcio`.
     pub fn python(self, script: &str) -> Command {
-        let python = tools().join(match self {
+        let python = match self {
             Grpcio::Old => "grpcio/python-old",
             Grpcio::New => "grpcio/python-new",
-        });
-        assert!(
-            python.exists(),
-            "{} is missing: run `scripts/tools grpcio` first",
-            python.display()
-        );
+        };
+        let python = installed("grpcio", python);
         let scripts = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/it/grpcio");
         let mut command = Command::new(python);
         command

@@ -11,7 +11,7 @@ use std::path::Path;
 use std::process::Command;
 
 use crate::project::Project;
-use crate::support::{Casd, Daemon, Primed, connects, scratch, tool, tools, wait_until};
+use crate::support::{Casd, Daemon, Primed, connects, installed, scratch, tool, wait_until};
 
 const JOBS: usize = 4;
 const UNITS: usize = 20;
@@ -25,7 +25,7 @@ const FILE: usize = 1024 * 1024;
 fn nginx(directory: &Path, casd: &Casd) -> (Daemon, String) {
     let at = directory.display();
     let backend = casd.address();
-    // It could not reach casd's socket otherwise. One process, which ends when it is told to.
+    // One process, for workers would outlive it; as another user it could not reach casd's socket.
     let user = match rustix::process::geteuid().is_root() {
         true => "user root;",
         false => "",
@@ -56,13 +56,7 @@ fn nginx(directory: &Path, casd: &Casd) -> (Daemon, String) {
     );
     let file = directory.join("nginx.conf");
     std::fs::write(&file, settings).unwrap();
-    let program = tools().join("proxies/bin/nginx");
-    assert!(
-        program.exists(),
-        "{} is missing: run `scripts/tools proxies` first, or `scripts/test`, which does",
-        program.display()
-    );
-    let mut command = Command::new(program);
+    let mut command = Command::new(installed("proxies", "proxies/bin/nginx"));
     command.arg("-c").arg(file).args(["-e", "stderr"]);
     let mut daemon = Daemon::start(&mut command, directory.join("nginx.log"));
     let socket = directory.join("nginx.sock");

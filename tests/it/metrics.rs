@@ -18,7 +18,7 @@ use serde_json::Value;
 
 use crate::grpcio::Grpcio;
 use crate::project::{Project, UNITS};
-use crate::support::{Casd, PATIENCE, Primed, scratch, tools, wait_until};
+use crate::support::{Casd, PATIENCE, Primed, installed, scratch, wait_until};
 
 /// The port that primed chose for metrics.
 fn port(primed: &Primed) -> u16 {
@@ -57,12 +57,7 @@ struct Families(BTreeMap<String, Value>);
 
 impl Families {
     fn of(page: &str) -> Self {
-        let site = tools().join("prometheus/site");
-        assert!(
-            site.exists(),
-            "{} is missing: run `scripts/tools prometheus` first",
-            site.display()
-        );
+        let site = installed("prometheus", "prometheus/site");
         let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/it/metrics/parse.py");
         let mut parser = Grpcio::Old
             .python(script.to_str().unwrap())

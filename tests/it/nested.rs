@@ -20,7 +20,7 @@ use std::process::Command;
 use serde_json::Value;
 use tempfile::TempDir;
 
-use crate::support::{Counts, Daemon, Primed, connects, scratch, tools, wait_until};
+use crate::support::{Counts, Daemon, Primed, connects, installed, scratch, tools, wait_until};
 
 /// How much the worker runs at once: all parents of a build, their nested actions, and what primed
 /// executes ahead of time. A nested action that finds no room would wait for ever, for its parent
@@ -416,22 +416,12 @@ fn link(from: &Path, to: &Path) {
 
 /// The root file system of the sandboxes, before dependencies are added.
 fn sysroot() -> PathBuf {
-    installed("sysroot")
+    installed("buildstream", "buildstream/sysroot")
 }
 
 /// A program that `scripts/tools buildstream` installs.
 fn tool(name: &str) -> PathBuf {
-    installed(&format!("bin/{name}"))
-}
-
-fn installed(name: &str) -> PathBuf {
-    let path = tools().join("buildstream").join(name);
-    assert!(
-        path.exists(),
-        "{} is missing: run `scripts/tools buildstream` first, or `scripts/test`, which does",
-        path.display()
-    );
-    path
+    installed("buildstream", &format!("buildstream/bin/{name}"))
 }
 
 /// With buildbox-run, buildbox-fuse and bwrap, which casd and each other look for.

@@ -254,11 +254,9 @@ async fn to_a_clients_execution_that_is_told_to_be_queued_others_give_way() {
     world.hold_clients(false);
     world.hold(false);
     assert!(operations.message().await.unwrap().is_some());
-    let is_quiet = || {
-        let speculation = &stage.primed.status()["speculation"];
-        [&speculation["queued"], &speculation["running"]] == [0, 0]
-    };
-    stage.until("all is executed", is_quiet).await;
+    stage
+        .until("all is executed", || stage.primed.is_idle())
+        .await;
     for unit in 0..UNITS {
         let action = compile_of(&build, unit);
         assert_eq!(build.lookup(action.digest).await.unwrap().exit_code, 0);

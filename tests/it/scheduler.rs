@@ -120,8 +120,7 @@ impl Stage {
         let mut build = Daemon::start(&mut self.project.command(&["held"]), log);
         wait_until("the object is there, and all is primed", || {
             let log = build.log();
-            let quiet = self.speculation("queued") + self.speculation("running") == 0;
-            log.contains("while [ -e held ]") && quiet
+            log.contains("while [ -e held ]") && self.primed.is_idle()
         });
         fs::remove_file(self.project.directory.join("held")).unwrap();
         assert_eq!(build.exit_code(), Some(0), "{}", build.log());
@@ -319,9 +318,7 @@ fn what_is_executed_ahead_gives_way_to_a_clients_execution_and_is_there_for_the_
     for mut client in [one, other] {
         assert_eq!(client.exit_code(), Some(0), "{}", client.log());
     }
-    wait_until("what gave way is executed", || {
-        stage.speculation("queued") + stage.speculation("running") == 0
-    });
+    wait_until("what gave way is executed", || stage.primed.is_idle());
     assert_eq!(stage.speculation("failed"), failed);
     let executed = stage.begun(2);
     stage.project.rebuild();

@@ -22,10 +22,15 @@ const PAUSE: Duration = Duration::from_millis(10);
 
 /// A real tool, installed by `scripts/tools`. Fails loudly where it is not installed.
 pub fn tool(name: &str) -> PathBuf {
-    let path = tools().join("bin").join(name);
+    installed("recc", &format!("bin/{name}"))
+}
+
+/// What `scripts/tools SET` installs at `path`. Fails loudly where it is not installed.
+pub fn installed(set: &str, path: &str) -> PathBuf {
+    let path = tools().join(path);
     assert!(
         path.exists(),
-        "{} is missing: run `scripts/tools` first, or `scripts/test`, which does",
+        "{} is missing: run `scripts/tools {set}` first, or `scripts/test`, which does",
         path.display()
     );
     path
@@ -312,6 +317,12 @@ impl Primed {
         let output = self.ask(&["status", "--json"]);
         assert!(output.status.success(), "{output:?}");
         serde_json::from_slice(&output.stdout).unwrap()
+    }
+
+    /// Whether nothing is executed ahead of time, and nothing waits for that.
+    pub fn is_idle(&self) -> bool {
+        let speculation = &self.status()["speculation"];
+        [&speculation["queued"], &speculation["running"]] == [0, 0]
     }
 
     /// Stops it in good order and starts it again.
