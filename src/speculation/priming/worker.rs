@@ -260,9 +260,10 @@ impl Worker {
                 self.look_at_workspace(Trigger::Workspace).await;
             }
             Message::Observed { key, result } => {
-                self.expects(&key).await;
-                let ready = self.complete(&key, Some(&result)).await;
-                self.launch(ready, Trigger::Completed).await;
+                if self.expects(&key).await {
+                    let ready = self.complete(&key, Some(&result)).await;
+                    self.launch(ready, Trigger::Completed).await;
+                }
             }
         }
     }
