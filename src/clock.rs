@@ -7,10 +7,15 @@ use std::time::{Duration, Instant, SystemTime};
 pub fn now_unix_ms() -> i64 {
     SystemTime::now()
         .duration_since(SystemTime::UNIX_EPOCH)
-        .map_or(0, millis)
+        .map_or(0, signed_millis)
 }
 
-fn millis(time: Duration) -> i64 {
+/// `time` in milliseconds.
+pub fn millis(time: Duration) -> u64 {
+    u64::try_from(time.as_millis()).unwrap_or(u64::MAX)
+}
+
+fn signed_millis(time: Duration) -> i64 {
     i64::try_from(time.as_millis()).unwrap_or(i64::MAX)
 }
 
@@ -34,8 +39,10 @@ impl Moment {
     /// What the wall clock showed, or will, at a time near this one: milliseconds since 1970.
     pub fn unix_ms_at(&self, time: Instant) -> i64 {
         match time.checked_duration_since(self.instant) {
-            Some(later) => self.unix_ms.saturating_add(millis(later)),
-            None => self.unix_ms.saturating_sub(millis(self.instant - time)),
+            Some(later) => self.unix_ms.saturating_add(signed_millis(later)),
+            None => self
+                .unix_ms
+                .saturating_sub(signed_millis(self.instant - time)),
         }
     }
 }

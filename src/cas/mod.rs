@@ -4,6 +4,7 @@
 pub mod directories;
 #[cfg(test)]
 pub(crate) mod memory;
+pub mod outputs;
 pub mod transfer;
 
 pub use crate::digest::{Digest, DigestFunction};

@@ -6,7 +6,7 @@ use clap::Args;
 
 use super::{Daemon, Failure, admin_client, block_on, exit_codes, shown};
 use crate::server::{BUILDS_PATH, BuildsList};
-use crate::speculation::builds::BuildStatus;
+use crate::speculation::journal::accounting::BuildStatus;
 
 /// What stands above the table.
 const HEAD: &str = "when            took asked cached   hit joined missed recall    saved  what";

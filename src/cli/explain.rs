@@ -10,14 +10,14 @@ use http::Method;
 use super::admin_client::AdminClient;
 use super::{Daemon, Failure, block_on, exit_codes, shown};
 use crate::server::EXPLAIN_PATH;
-use crate::speculation::difference::{
+use crate::speculation::explanation::difference::{
     Aspect, ChangedEntry, Differing, Entry, Field, TreeDifference,
 };
-use crate::speculation::explain::{Counterpart, Explanation, Explanations, Question};
-use crate::speculation::journal_page::{
+use crate::speculation::explanation::explain::{Counterpart, Explanation, Explanations, Question};
+use crate::speculation::journal::page::{
     AnswerWord, AskedEntry, ChangeEntry, OutcomeWord, PrimedEntry, Trigger,
 };
-use crate::speculation::verdict::By;
+use crate::speculation::planning::verdict::By;
 
 /// Entries of a list that are shown, unless all are wanted.
 const FEW: usize = 8;

@@ -8,7 +8,7 @@ use clap::Args;
 
 use super::records::{Records, RecordsArguments};
 use super::{Failure, block_on, exit_codes};
-use crate::speculation::archive::Listed;
+use crate::speculation::recording::archive::Listed;
 use crate::whole_file;
 
 /// What the names of exported files end in.

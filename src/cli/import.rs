@@ -8,9 +8,9 @@ use clap::Args;
 use super::export::EXTENSION;
 use super::records::{Records, RecordsArguments};
 use super::{Failure, block_on, exit_codes};
-use crate::speculation::archive::Incoming;
-use crate::speculation::interchange::{self, Interchange};
-use crate::speculation::parent::WeakKey;
+use crate::speculation::recording::archive::Incoming;
+use crate::speculation::records::interchange::{self, Interchange};
+use crate::speculation::records::parent::WeakKey;
 
 /// Read recorded builds from a file, or from all .sa files of a directory.
 #[derive(Debug, Args)]

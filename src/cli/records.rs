@@ -12,9 +12,9 @@ use super::admin_client::AdminClient;
 use super::{AdminAddress, Failure, exit_codes};
 use crate::config::Environment;
 use crate::server::{RECORDS_PATH, RecordsList};
-use crate::speculation::archive::{self, Imported, Incoming, Listed};
-use crate::speculation::parent::WeakKey;
-use crate::speculation::store::{OpenError, Store};
+use crate::speculation::recording::archive::{self, Imported, Incoming, Listed};
+use crate::speculation::records::parent::WeakKey;
+use crate::speculation::records::store::{OpenError, Store};
 
 /// Which records are meant.
 #[derive(Debug, Args)]

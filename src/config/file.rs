@@ -1,10 +1,9 @@
 //! `primed.toml`: where it stands, and what stands in it, each value with its place. What the keys
 //! mean is not known here; the command line (`cli::settings`) knows its flags.
 
-use std::fmt;
-use std::io;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
+use std::{fmt, io};
 
 use toml::de::{DeTable, DeValue};
 

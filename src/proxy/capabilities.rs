@@ -23,8 +23,7 @@ use crate::http2::fields::Fields;
 use crate::reapi::build::bazel::semver::SemVer;
 use crate::reapi::primed::store::v1::RememberedCapabilities;
 use crate::reapi::{GetCapabilitiesRequest, ServerCapabilities};
-use crate::task;
-use crate::whole_file;
+use crate::{task, whole_file};
 
 pub const METHOD: &str = "/build.bazel.remote.execution.v2.Capabilities/GetCapabilities";
 

@@ -15,7 +15,7 @@ use crate::backend::exchange::Answer;
 use crate::backend::upstream::UpstreamError;
 use crate::reapi::ExecuteRequest;
 use crate::speculation::Engine;
-use crate::speculation::observation::Observation;
+use crate::speculation::clients::observation::Observation;
 
 pub const METHOD: &str = "/build.bazel.remote.execution.v2.Execution/Execute";
 

@@ -7,8 +7,8 @@ use super::{Call, MAX_OBSERVED_REQUEST, Proxy, Reply};
 use crate::cas::Digest;
 use crate::reapi::FindMissingBlobsRequest;
 use crate::speculation::Engine;
+use crate::speculation::clients::hidden_hits::action_of_proxy;
 use crate::speculation::flights::FlightKey;
-use crate::speculation::hidden_hits::action_of_proxy;
 use prost::Message as _;
 
 pub const METHOD: &str =

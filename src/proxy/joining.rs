@@ -24,8 +24,8 @@ use crate::grpc;
 use crate::reapi::ExecuteResponse;
 use crate::reapi::google::longrunning::{Operation, operation};
 use crate::speculation::Engine;
+use crate::speculation::clients::observation::{Answer, Observation};
 use crate::speculation::flights::{Ending, FlightKey, Stage};
-use crate::speculation::observation::{Answer, Observation};
 
 /// An execution that is joined is given up as stuck when it has been silent for so many times the
 /// recorded duration,

@@ -30,9 +30,9 @@ use crate::http2::stream::AnswerHead;
 use crate::reapi::WaitExecutionRequest;
 use crate::reapi::google::longrunning::{CancelOperationRequest, Operation};
 use crate::speculation::Engine;
+use crate::speculation::clients::observation::may_go_on;
 use crate::speculation::flights::ClientExecution;
-use crate::speculation::observation::may_go_on;
-use crate::speculation::stages::{Told, told};
+use crate::speculation::flights::stages::{Told, told};
 use crate::task;
 
 /// The longest operation that is shared: what gRPC clients take unless they are told otherwise.

@@ -43,8 +43,8 @@ use crate::http2::connection::Request;
 use crate::meters::METERS;
 use crate::reapi::{self, digest_function::Value};
 use crate::speculation::Engine;
+use crate::speculation::clients::observation::{self, CallOrigin};
 use crate::speculation::flights::FlightKey;
-use crate::speculation::observation::{self, CallOrigin};
 use crate::task;
 use crate::workspace::peer::Peer;
 

@@ -11,7 +11,7 @@ use crate::http2::fields::Fields;
 use crate::http2::pump::Witness;
 use crate::reapi::google::longrunning::Operation;
 use crate::speculation::Engine;
-use crate::speculation::observation::{Answer, Call, NotExecuted, Observation};
+use crate::speculation::clients::observation::{Answer, Call, NotExecuted, Observation};
 
 /// The largest answer that a tap keeps. An `ActionResult` is far smaller.
 const MAX_ANSWER: usize = 8 * 1024 * 1024;

@@ -20,17 +20,17 @@ use super::runs::{OpenPage, Runs};
 use crate::address::Address;
 use crate::backend::embedded::{Embedded, Usage};
 use crate::backend::health::{UpstreamHealth, UpstreamState};
-use crate::speculation::accounting::Totals;
-use crate::speculation::archive::{
+use crate::speculation::engine::{BuildStatus, Request as EngineRequest, Status};
+use crate::speculation::explanation::explain::{ExplainError, Question};
+use crate::speculation::explanation::library::JournalError;
+use crate::speculation::flights::{Flights, RunningFlight};
+use crate::speculation::journal::accounting::Totals;
+use crate::speculation::recording::archive::{
     self, ArchiveError, Import, Incoming, Listed, Reply, Request as RecordsRequest,
 };
-use crate::speculation::engine::{BuildStatus, Request as EngineRequest, Status};
-use crate::speculation::explain::{ExplainError, Question};
-use crate::speculation::flights::{Flights, RunningFlight};
-use crate::speculation::interchange::MAX_MESSAGE;
-use crate::speculation::library::JournalError;
-use crate::speculation::parent::WeakKey;
-use crate::speculation::store;
+use crate::speculation::records::interchange::MAX_MESSAGE;
+use crate::speculation::records::parent::WeakKey;
+use crate::speculation::records::store;
 use crate::workspace::peer::PeerOrigin;
 
 /// Where the state of things is.

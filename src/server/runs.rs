@@ -11,8 +11,8 @@ use serde::{Deserialize, Serialize};
 use tokio::sync::{mpsc, oneshot, watch};
 
 use crate::address::Address;
+use crate::speculation::clients::runs::{OpenRun, Opened, Request as RunRequest};
 use crate::speculation::engine::{BuildStatus, Request};
-use crate::speculation::runs::{OpenRun, Opened, Request as RunRequest};
 use crate::task;
 use crate::workspace::peer::PeerOrigin;
 use crate::workspace::process::Process;

@@ -16,7 +16,7 @@ use super::listen::Accepted;
 use super::watchdog::{Pulse, Watchdog};
 use crate::meters::METERS;
 use crate::proxy::Proxy;
-use crate::speculation::observation::Observation;
+use crate::speculation::clients::observation::Observation;
 use crate::task;
 use crate::workspace::peer::Peer;
 

@@ -1,68 +1,36 @@
 //! The speculation engine: it records what builds execute, finds where each input came from, and
 //! executes ahead of time what the next build will ask for.
 //!
-//! `engine` receives what the proxy's taps saw and asks the others to act: `record` → `store` →
-//! `generate` after a build; `schedule` → `resolve` → `instantiate` when the next one begins, and
-//! again when `edits` has learned from what clients execute themselves. With `watching` it does so as
-//! soon as a source file is saved.
+//! | | |
+//! |---|---|
+//! | `engine` | takes in what the proxy's taps saw, and tells the others what to do |
+//! | `clients` | whose calls these are, and the builds that they belong to |
+//! | `nested` | which of them are made on behalf of actions that are being executed |
+//! | `recording` | after a build: what it executed, and where each input came from |
+//! | `records` | what is recorded, and the store that keeps it |
+//! | `sharing` | records for others, and those of others, in the backend |
+//! | `priming` | when the next build begins, a source file is saved, or a client shows what has changed: has a plan made, and carried out |
+//! | `planning` | what recorded actions are now, which of them are worth it, and in which order |
+//! | `flights` | what is in flight, and how much of it at once |
+//! | `journal` | what builds asked for, and what was done for them |
+//! | `explanation` | what is to be said of that to those who ask |
+//!
 //! The proxy holds an [`Engine`] and asks it one question: is this digest in flight?
 
-pub mod accounting;
 mod activity;
-mod advice;
-pub mod archive;
-mod attribution;
-mod budgets;
-pub mod builds;
-mod callers;
-mod carry_over;
-pub mod difference;
-mod edits;
+pub mod clients;
 pub mod engine;
-pub mod explain;
-mod flight_record;
+pub mod explanation;
 pub mod flights;
-mod generate;
-pub mod hidden_hits;
-mod instantiate;
-pub mod interchange;
-mod journal;
-pub mod journal_page;
-pub mod journal_store;
-mod known;
-mod labels;
-mod lane;
-pub mod lane_memory;
-mod lane_width;
-mod leftovers;
-pub mod library;
-mod mounts;
-mod nested;
-pub mod observation;
-mod operations;
-pub mod parent;
-mod prepare;
+pub mod journal;
+pub mod nested;
+pub mod planning;
 mod priming;
-mod record;
-mod recorder;
-mod relatives;
-mod resolve;
+pub mod recording;
+pub mod records;
 mod room;
-pub mod runs;
-mod schedule;
-mod share;
-mod shelf;
-pub mod stages;
-pub mod store;
-pub mod subactions;
-mod subject;
-mod texts;
-mod trust;
-mod uses;
-pub mod verdict;
-mod watching;
+mod sharing;
 mod workshop;
-mod worth;
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicI32, AtomicU64, Ordering};
@@ -70,11 +38,11 @@ use std::time::Instant;
 
 use tokio::sync::{Notify, mpsc, oneshot};
 
+use clients::hidden_hits::HiddenHits;
+use clients::observation::{CallOrigin, Observation, TapMemory};
+use clients::operations::Operations;
 use flights::{FlightKey, Flights};
-use hidden_hits::HiddenHits;
-use observation::{CallOrigin, Observation};
-use operations::Operations;
-use subactions::Subactions;
+use nested::subactions::Subactions;
 
 use crate::backend::Backend;
 use crate::meters::METERS;
@@ -98,12 +66,6 @@ pub struct Engine {
     /// The local process whose first call on a connection was the last to be seen; 0 before that.
     latest_process: AtomicI32,
 }
-
-/// How much of clients' answers taps and the engine's queue hold in all, in bytes.
-const MAX_TAP_MEMORY: usize = 64 * 1024 * 1024;
-
-/// The share of one answer in that.
-pub type TapMemory = room::Room<MAX_TAP_MEMORY>;
 
 impl Engine {
     /// What is in flight.
@@ -182,10 +144,11 @@ fn is_urgent(observation: &Observation) -> bool {
 
 #[cfg(test)]
 mod tests {
-    use super::operations::operations;
+    use super::clients::operations::operations;
     use super::*;
     use crate::cas::Digest;
     use crate::cas::memory::Memory;
+    use crate::speculation::clients::observation::MAX_TAP_MEMORY;
     use crate::workspace::peer::{Peer, PeerOrigin};
     use std::time::Duration;
 

@@ -5,18 +5,18 @@ use std::sync::atomic::AtomicU64;
 
 use tokio::sync::mpsc;
 
-use super::accounting::{Effort, Shortfall};
 use super::activity::Activities;
-use super::budgets::Budgets;
 use super::flights::Flights;
+use super::flights::budgets::Budgets;
+use super::flights::leftovers::Leftovers;
 use super::journal::Planned;
-use super::journal_store::JournalStore;
-use super::labels::Names;
-use super::leftovers::Leftovers;
-use super::parent::WeakKey;
-use super::share::Sharing;
-use super::store::Store;
-use super::uses::Uses;
+use super::journal::accounting::{Effort, Shortfall};
+use super::journal::labels::Names;
+use super::journal::store::JournalStore;
+use super::planning::uses::Uses;
+use super::records::parent::WeakKey;
+use super::records::store::Store;
+use super::sharing::share::Sharing;
 use crate::backend::Backend;
 use crate::cas::directories::DirectoryCache;
 use crate::cas::transfer::Cas;

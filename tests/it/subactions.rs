@@ -32,8 +32,8 @@ use primed::reapi::{
 use primed::speculation::Engine;
 use primed::speculation::engine::{EngineParts, engine};
 use primed::speculation::flights::{FlightKey, Flights, Urgency};
-use primed::speculation::journal_store::JournalStore;
-use primed::speculation::store::Store;
+use primed::speculation::journal::store::JournalStore;
+use primed::speculation::records::store::Store;
 use primed::task;
 use primed::workspace::peer::{Peer, PeerOrigin};
 use prost::Message;

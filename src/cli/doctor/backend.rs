@@ -13,11 +13,10 @@ use crate::backend::Backend;
 use crate::backend::remote::Remote;
 use crate::backend::upstream::{Routes, Upstream};
 use crate::cas::{Digest, DigestFunction};
-use crate::clock;
 use crate::reapi::build::bazel::semver::SemVer;
 use crate::reapi::google::longrunning::{Operation, operation};
 use crate::reapi::{Action, ActionResult, Command, Directory, ExecuteResponse, ServerCapabilities};
-use crate::server;
+use crate::{clock, server};
 
 /// How long the backend may take to answer.
 const ANSWER: Duration = Duration::from_secs(10);

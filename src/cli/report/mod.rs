@@ -20,7 +20,7 @@ use super::build_page::BuildPage;
 use super::{Daemon, Failure, block_on, exit_codes};
 use crate::address::Address;
 use crate::server::{BUILDS_PATH, EXPLAIN_PATH};
-use crate::speculation::explain::{Explanations, Question};
+use crate::speculation::explanation::explain::{Explanations, Question};
 
 /// Write a build as an HTML page with its timeline, or as a trace for Perfetto.
 #[derive(Debug, Args)]

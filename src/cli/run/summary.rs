@@ -37,7 +37,7 @@ pub fn seconds(ms: u64) -> String {
 #[cfg(test)]
 pub mod tests {
     use super::*;
-    use crate::speculation::accounting::Counts;
+    use crate::speculation::journal::accounting::Counts;
 
     pub fn build() -> BuildStatus {
         BuildStatus {

@@ -16,9 +16,8 @@ use tokio::sync::{mpsc, watch};
 use self::screen::{Next, Screen};
 use super::{AdminAddress, Failure, admin_client, block_on, exit_codes, status};
 use crate::address::Address;
-use crate::clock;
 use crate::server::STATUS_PATH;
-use crate::task;
+use crate::{clock, task};
 
 /// Watch a running primed: builds, what runs ahead of time, the backend. Without a terminal, print
 /// how things stand and end.

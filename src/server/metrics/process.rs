@@ -1,8 +1,7 @@
 //! What primed's process takes of the machine, under the names that Prometheus' own clients give it.
 
-use std::fmt;
-use std::fs;
 use std::time::Duration;
+use std::{fmt, fs};
 
 use rustix::param::{clock_ticks_per_second, page_size};
 use rustix::process::{Resource, getrlimit};

@@ -3,17 +3,17 @@
 use std::sync::Arc;
 
 use super::State;
+use crate::cas::outputs::Outputs;
 use crate::clock::{self, Moment};
 use crate::reapi::ActionResult;
-use crate::speculation::attribution::{Found, FoundParent};
-use crate::speculation::builds::Build;
-use crate::speculation::callers::{BuildKey, Caller};
+use crate::speculation::clients::builds::Build;
+use crate::speculation::clients::callers::{BuildKey, Caller};
 use crate::speculation::flights::FlightKey;
-use crate::speculation::known::CurrentParent;
 use crate::speculation::nested::OpenParent;
-use crate::speculation::parent::{ExecutedParent, ParentKind, WeakKey};
+use crate::speculation::nested::attribution::{Found, FoundParent};
+use crate::speculation::planning::known::CurrentParent;
 use crate::speculation::priming::{Family, Group, Message, Opened, Priming};
-use crate::speculation::schedule::Outputs;
+use crate::speculation::records::parent::{ExecutedParent, ParentKind, WeakKey};
 
 impl State {
     pub(super) fn found(&mut self, found: Found) {

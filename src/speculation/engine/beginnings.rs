@@ -5,16 +5,15 @@ use std::collections::hash_map::Entry;
 use std::sync::Arc;
 
 use super::State;
-use crate::clock;
-use crate::speculation::builds::Build;
-use crate::speculation::callers::{BuildKey, Caller};
+use crate::speculation::clients::builds::Build;
+use crate::speculation::clients::callers::{BuildKey, Caller};
+use crate::speculation::clients::observation::CallOrigin;
 use crate::speculation::flights::FlightKey;
-use crate::speculation::observation::CallOrigin;
-use crate::speculation::parent::WeakKey;
 use crate::speculation::priming::{Group, Message, Priming};
-use crate::speculation::store::KnownParent;
-use crate::task;
+use crate::speculation::records::parent::WeakKey;
+use crate::speculation::records::store::KnownParent;
 use crate::workspace::process::Process;
+use crate::{clock, task};
 
 /// Recorded parents that are primed when a build begins: a run may find many below its directory.
 const MAX_BEGUN: usize = 16;

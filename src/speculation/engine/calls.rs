@@ -8,15 +8,16 @@ use super::State;
 use crate::clock::Moment;
 use crate::meters::METERS;
 use crate::reapi::ActionResult;
-use crate::speculation::builds::{Asked, Build};
-use crate::speculation::callers::{BuildKey, Caller};
+use crate::speculation::clients::builds::{Build, Subaction};
+use crate::speculation::clients::callers::{BuildKey, Caller};
+use crate::speculation::clients::observation::{Call, CallOrigin, NotExecuted};
+use crate::speculation::flights::durations::execution_time;
+use crate::speculation::flights::lane_width::Executed;
 use crate::speculation::flights::{FlightKey, Flights};
 use crate::speculation::journal::Note;
-use crate::speculation::lane_width::Executed;
+use crate::speculation::journal::accounting::Asked;
 use crate::speculation::nested::Answered;
-use crate::speculation::observation::{Call, CallOrigin, NotExecuted};
 use crate::speculation::priming::{Group, Message};
-use crate::speculation::record::{Subaction, execution_time};
 
 /// Subactions of one build that are kept for recording.
 const MAX_SUBACTIONS: usize = 200_000;

@@ -5,15 +5,14 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use super::State;
-use crate::clock;
-use crate::speculation::builds::BuildStatus;
-use crate::speculation::callers::BuildKey;
+use crate::speculation::clients::callers::BuildKey;
 use crate::speculation::journal::Journal;
-use crate::speculation::journal_store::Fresh;
-use crate::speculation::parent::ExecutedParent;
+use crate::speculation::journal::accounting::BuildStatus;
+use crate::speculation::journal::store::Fresh;
 use crate::speculation::priming::Group;
-use crate::speculation::recorder::{self, Ended};
-use crate::task;
+use crate::speculation::recording::recorder::{self, Ended};
+use crate::speculation::records::parent::ExecutedParent;
+use crate::{clock, task};
 
 /// Builds that `primed status` still knows after they have ended.
 const REMEMBERED_BUILDS: usize = 100;
@@ -98,7 +97,10 @@ impl State {
         let uses = self.workshop.uses.clone();
         let activity = self.workshop.activities.begin();
         task::spawn("uses of predictions", async move {
-            task::blocking("uses of predictions", move || uses.end_build(&journal)).await;
+            task::blocking("uses of predictions", move || {
+                uses.end_build(journal.parents(), journal.flights());
+            })
+            .await;
             drop(activity);
         });
     }

@@ -7,19 +7,18 @@ use std::time::Instant;
 use tokio::sync::oneshot;
 
 use super::State;
-use crate::speculation::accounting::{Leads, Totals};
-use crate::speculation::archive;
-use crate::speculation::builds::{Build, BuildStatus};
-use crate::speculation::callers::BuildKey;
-use crate::speculation::explain::{ExplainError, Explanations, Question, explain};
-use crate::speculation::journal_page::Page;
-use crate::speculation::journal_store::Fresh;
-use crate::speculation::library::{JournalError, Library};
+use super::watching::Watching;
+use crate::speculation::clients::builds::Build;
+use crate::speculation::clients::callers::BuildKey;
+use crate::speculation::clients::runs::{self, OpenRun, Opened as OpenedRun};
+use crate::speculation::explanation::explain::{ExplainError, Explanations, Question, explain};
+use crate::speculation::explanation::library::{JournalError, Library};
+use crate::speculation::journal::accounting::{BuildStatus, Leads, Totals};
+use crate::speculation::journal::page::Page;
+use crate::speculation::journal::store::Fresh;
 use crate::speculation::priming::{Group, Message};
-use crate::speculation::recorder;
-use crate::speculation::runs::{self, OpenRun, Opened as OpenedRun};
-use crate::speculation::store::RecordCounts;
-use crate::speculation::watching::Watching;
+use crate::speculation::recording::{archive, recorder};
+use crate::speculation::records::store::RecordCounts;
 use crate::task;
 
 /// What `primed status` and `primed wait` ask of the engine.

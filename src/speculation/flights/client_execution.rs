@@ -4,8 +4,8 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
+use super::lane_width::Whose;
 use super::{FlightKey, Flights};
-use crate::speculation::lane_width::Whose;
 
 /// One client's own execution; it counts until this is dropped.
 pub struct ClientExecution {

@@ -7,12 +7,12 @@ use std::time::{Duration, Instant};
 use bytes::Bytes;
 use tokio_util::sync::CancellationToken;
 
+use super::lane_width::Executed;
+use super::stages::Told;
 use super::state::{Flight, Next};
 use super::{Ending, FlightKey, Flights, Landing, Outcome, Primed, SUPERSEDED, Stage};
 use crate::reapi::ActionResult;
 use crate::speculation::activity::Activity;
-use crate::speculation::lane_width::Executed;
-use crate::speculation::stages::Told;
 
 /// A flight that its runner must end. Dropping it abandons the flight.
 pub struct Departure {

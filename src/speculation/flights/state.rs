@@ -8,10 +8,10 @@ use std::time::Instant;
 use tokio::sync::{mpsc, watch};
 use tokio_util::sync::CancellationToken;
 
+use super::lane_width::{LaneWidth, Whose};
+use super::record::FlightRecord;
 use super::{Ending, FlightCounts, FlightKey, Landing, SUPERSEDED, Stage, Urgency};
 use crate::quick_map::QuickMap;
-use crate::speculation::flight_record::FlightRecord;
-use crate::speculation::lane_width::{LaneWidth, Whose};
 
 /// How often a flight gives way. Then it is left alone: it has been begun in vain often enough.
 pub(super) const GIVES_WAY: u8 = 2;

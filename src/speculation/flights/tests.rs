@@ -1,8 +1,8 @@
 //! What clients and owners of flights can rely on.
 
+use super::record::Course;
 use super::state::GIVES_WAY;
 use super::*;
-use crate::speculation::flight_record::Course;
 
 fn key(name: &str) -> FlightKey {
     FlightKey {
@@ -193,7 +193,7 @@ async fn its_landing_is_told_once_after_it_has_given_way() {
     drop((departure, own));
     assert!(landings.try_recv().is_err());
     let departure = flights.depart().await;
-    let activities = super::super::activity::Activities::default();
+    let activities = crate::speculation::activity::Activities::default();
     departure.land(Outcome::Failed, activities.begin()).await;
     departure.end(Ending::Failed, Duration::ZERO);
     assert_eq!(landings.try_recv().unwrap().key, key("a"));

@@ -2,8 +2,8 @@
 
 use std::collections::{HashMap, HashSet};
 
-use crate::speculation::parent::{ActionParent, ParentKind, WeakKey};
-use crate::speculation::store::KnownParent;
+use crate::speculation::records::parent::{ActionParent, ParentKind, WeakKey};
+use crate::speculation::records::store::KnownParent;
 
 /// What is recorded of an action parent, and of those that have to do with it.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]

@@ -13,21 +13,21 @@ use std::time::{Duration, Instant};
 use tokio::sync::mpsc;
 use tokio_util::task::AbortOnDropHandle;
 
+use super::prepare::Queue;
+use super::trust::Trust;
 use super::{Group, Message, Opened};
 use crate::speculation::activity::Activity;
-use crate::speculation::budgets::Reservation;
+use crate::speculation::flights::budgets::Reservation;
+use crate::speculation::flights::left_out::LeftOut;
 use crate::speculation::flights::{FlightKey, Landing, ending};
-use crate::speculation::journal_page::Trigger;
-use crate::speculation::known::Known;
-use crate::speculation::parent::{Parent, WeakKey};
-use crate::speculation::prepare::Queue;
-use crate::speculation::relatives::{self, Dependents, SharedFamily};
-use crate::speculation::schedule::{Plan, Results};
-use crate::speculation::share::{self, Obtained};
-use crate::speculation::shelf::MAX_SHARED;
-use crate::speculation::subject::{PlannedParent, Share, Subject};
-use crate::speculation::trust::Trust;
-use crate::speculation::verdict::LeftOut;
+use crate::speculation::journal::page::Trigger;
+use crate::speculation::planning::known::Known;
+use crate::speculation::planning::schedule::{Plan, Results};
+use crate::speculation::planning::subject::{PlannedParent, Share, Subject};
+use crate::speculation::records::parent::{Parent, WeakKey};
+use crate::speculation::sharing::relatives::{self, Dependents, SharedFamily};
+use crate::speculation::sharing::share::{self, Obtained};
+use crate::speculation::sharing::shelf::MAX_SHARED;
 use crate::speculation::workshop::Workshop;
 use crate::task;
 
@@ -390,7 +390,14 @@ impl Worker {
             return;
         }
         let worth = self.worth().await;
-        let subject = match Subject::load(&self.workshop, parents, self.known.clone()).await {
+        let subject = match Subject::load(
+            &self.workshop.cas,
+            &self.workshop.directories,
+            parents,
+            self.known.clone(),
+        )
+        .await
+        {
             Ok(subject) => Subject { worth, ..subject },
             Err(status) => {
                 tracing::warn!(%status, "input trees cannot be read; nothing is primed");

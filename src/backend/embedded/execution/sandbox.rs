@@ -2,11 +2,10 @@
 //! under a name that is the same each time, a `/tmp` of its own, no other processes, no network
 //! unless it is asked for, and nothing of the cache. Without: whatever primed's user can.
 
-use std::fs;
-use std::io;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::{fs, io};
 
 use super::action::Assignment;
 use super::staging::Stage;

@@ -6,20 +6,20 @@ use std::time::{Duration, Instant};
 
 use tokio_util::task::AbortOnDropHandle;
 
+use super::super::prepare::{self, Job, Queue};
 use super::{Preparation, Worker};
-use crate::clock;
+use crate::cas::outputs::output_files;
 use crate::reapi::ActionResult;
-use crate::speculation::budgets::{Reservation, Spender};
+use crate::speculation::flights::budgets::{Reservation, Spender};
+use crate::speculation::flights::durations::execution_time;
+use crate::speculation::flights::left_out::LeftOut;
 use crate::speculation::flights::{FlightKey, Landing, Outcome};
-use crate::speculation::journal_page::Trigger;
-use crate::speculation::parent::WeakKey;
-use crate::speculation::prepare::{self, Job, Queue};
-use crate::speculation::record::{execution_time, output_files};
-use crate::speculation::schedule::Ready;
-use crate::speculation::verdict::LeftOut;
+use crate::speculation::journal::page::Trigger;
+use crate::speculation::planning::schedule::Ready;
+use crate::speculation::planning::worth::Worth;
+use crate::speculation::records::parent::WeakKey;
 use crate::speculation::workshop::{Beneficiary, News};
-use crate::speculation::worth::Worth;
-use crate::task;
+use crate::{clock, task};
 
 impl Worker {
     /// Announces what is ready, has it prepared, and tells of it. Then takes in what has landed in
@@ -218,7 +218,16 @@ impl Worker {
         let outputs = match result {
             Some(result) => {
                 let (workshop, function) = (&self.workshop, key.action.function());
-                match output_files(workshop, &key.instance, function, directory, result).await {
+                match output_files(
+                    &workshop.cas,
+                    &workshop.directories,
+                    &key.instance,
+                    function,
+                    directory,
+                    result,
+                )
+                .await
+                {
                     Ok(outputs) => Some(outputs),
                     Err(status) => {
                         tracing::debug!(action = %key.action, %status, "outputs cannot be read");

@@ -4,13 +4,13 @@ use std::collections::HashMap;
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
+use super::super::trust::Trust;
 use super::{Span, Worker};
 use crate::cas::Digest;
 use crate::speculation::flights::FlightKey;
-use crate::speculation::journal_page::Trigger;
-use crate::speculation::parent::action_parts;
-use crate::speculation::schedule::Plan;
-use crate::speculation::trust::Trust;
+use crate::speculation::journal::page::Trigger;
+use crate::speculation::planning::schedule::Plan;
+use crate::speculation::records::parent::action_parts;
 use crate::speculation::workshop::Workshop;
 use crate::task;
 

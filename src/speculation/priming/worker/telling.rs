@@ -7,10 +7,10 @@ use super::Worker;
 use crate::clock;
 use crate::meters::METERS;
 use crate::speculation::journal::Planned;
-use crate::speculation::journal_page::Trigger;
-use crate::speculation::parent::WeakKey;
-use crate::speculation::schedule::Plan;
-use crate::speculation::verdict::{Outlook, Verdict};
+use crate::speculation::journal::page::Trigger;
+use crate::speculation::planning::schedule::Plan;
+use crate::speculation::planning::verdict::{Outlook, Verdict};
+use crate::speculation::records::parent::WeakKey;
 use crate::speculation::workshop::{Beneficiary, News};
 
 impl Worker {

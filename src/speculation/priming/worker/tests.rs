@@ -7,7 +7,9 @@ use crate::cas::memory::Memory;
 use crate::cas::{Digest, DigestFunction};
 use crate::reapi::{self, ActionResult};
 use crate::speculation::flights::Outcome;
-use crate::speculation::parent::{BaseAction, Origin, OverlayTable, SubactionKey, fixture};
+use crate::speculation::records::parent::{
+    BaseAction, Origin, OverlayTable, SubactionKey, fixture,
+};
 use bytes::Bytes;
 
 const OLD: &str = "as it was recorded";
