@@ -37,7 +37,7 @@ pub struct Workshop {
     pub index: Arc<FileIndex>,
     /// The records.
     pub store: Arc<Store>,
-    /// Whether records are shared, and with whom.
+    /// The way to shared records, if they are wanted.
     pub sharing: Option<Arc<Sharing>>,
     /// What is under way.
     pub activities: Activities,
@@ -80,9 +80,8 @@ pub struct Beneficiary {
 
 #[cfg(test)]
 impl Workshop {
-    /// One without records that shares, before `backend`. Nobody saves what it obtains.
-    pub fn sharing(backend: Arc<dyn Backend>) -> Self {
-        let (recorder, _) = mpsc::channel(1);
+    /// One without records, before `backend`.
+    pub fn before(backend: Arc<dyn Backend>) -> Self {
         let (news, _) = mpsc::channel(1);
         Workshop {
             flights: Flights::new(1),
@@ -94,7 +93,7 @@ impl Workshop {
             uses: Arc::new(Uses::of(Arc::new(Store::in_memory()))),
             leftovers: Arc::default(),
             budgets: Arc::default(),
-            sharing: Some(Arc::new(Sharing::new(&recorder))),
+            sharing: None,
             activities: Activities::default(),
             unadaptable: Arc::default(),
             journals: Arc::new(JournalStore::in_memory()),

@@ -41,6 +41,7 @@ use super::recording::recorder::{self, Recorded};
 use super::records::parent::{ParentKind, WeakKey};
 use super::records::store::{KnownParent, Store};
 use super::sharing::share::Sharing;
+use super::sharing::shelf::Place;
 use super::workshop::{Beneficiary, News, Workshop};
 use crate::backend::Backend;
 use crate::cas::directories::DirectoryCache;
@@ -110,6 +111,15 @@ pub fn engine(parts: EngineParts) -> (Arc<Engine>, mpsc::Sender<Request>, Runner
         tracing::warn!(%error, "known files cannot be read; they will be hashed again");
         Vec::new()
     });
+    let place = Place {
+        backend: parts.backend.clone(),
+        cas: cas.clone(),
+    };
+    let sharing = Sharing::new(
+        place,
+        parts.store.clone(),
+        recorder::saves_shared(&recorder),
+    );
     let workshop = Workshop {
         flights: parts.flights.clone(),
         backend: parts.backend.clone(),
@@ -120,7 +130,7 @@ pub fn engine(parts: EngineParts) -> (Arc<Engine>, mpsc::Sender<Request>, Runner
         uses: Arc::new(Uses::of(parts.store.clone())),
         leftovers: Arc::default(),
         budgets: Budgets::new(parts.budgets),
-        sharing: parts.share.then(|| Arc::new(Sharing::new(&recorder))),
+        sharing: parts.share.then(|| Arc::new(sharing)),
         activities: Activities::default(),
         unadaptable: Arc::default(),
         journals: parts.journals,

@@ -26,7 +26,7 @@ use crate::speculation::planning::schedule::{Plan, Results};
 use crate::speculation::planning::subject::{PlannedParent, Share, Subject};
 use crate::speculation::records::parent::{Parent, WeakKey};
 use crate::speculation::sharing::relatives::{self, Dependents, SharedFamily};
-use crate::speculation::sharing::share::{self, Obtained};
+use crate::speculation::sharing::share::Obtained;
 use crate::speculation::sharing::shelf::MAX_SHARED;
 use crate::speculation::workshop::Workshop;
 use crate::task;
@@ -204,8 +204,10 @@ impl Worker {
             }
             Message::Saved => self.look_at_workspace(Trigger::Saved).await,
             Message::Unrecorded(identity) => {
-                let obtained = share::obtain(&self.workshop, &identity, MAX_SHARED).await;
-                if let Some(Obtained { parent, .. }) = obtained {
+                let Some(sharing) = &self.workshop.sharing else {
+                    return;
+                };
+                if let Some(Obtained { parent, .. }) = sharing.obtain(&identity, MAX_SHARED).await {
                     self.shared.insert(identity.weak_key(), parent);
                 }
             }
@@ -272,7 +274,8 @@ impl Worker {
     /// that depend on it.
     async fn look_for_shared(&mut self, opened: &mut Opened) -> Option<Dependents> {
         let asked = opened.unrecorded.as_ref()?;
-        let SharedFamily { own, dependents } = relatives::obtain(&self.workshop, asked).await?;
+        let SharedFamily { own, dependents } =
+            relatives::obtain(self.workshop.sharing.as_ref()?, asked).await?;
         for parent in own {
             let key = parent.identity.weak_key();
             opened.family.keys.push(key);
@@ -285,10 +288,10 @@ impl Worker {
 
     /// Looks for them beside what else there is to do: there may be many.
     fn look_for_dependents(&self, mut dependents: Dependents) {
-        let (mailbox, workshop) = (self.mailbox.clone(), self.workshop.clone());
+        let mailbox = self.mailbox.clone();
         let activity = self.workshop.activities.begin();
         let walk = async move {
-            while let Some(found) = dependents.next(&workshop).await
+            while let Some(found) = dependents.next().await
                 && let Some(mailbox) = mailbox.upgrade()
             {
                 let message = (Message::Dependents(found), activity.clone());

@@ -27,7 +27,6 @@ use crate::speculation::journal::store::Fresh;
 use crate::speculation::records::parent::{
     BaseAction, ExecutedParent, Parent, ParentIdentity, ParentKind, WeakKey,
 };
-use crate::speculation::sharing::share;
 use crate::speculation::workshop::{Beneficiary, News, Workshop};
 use crate::task;
 
@@ -78,6 +77,18 @@ pub struct Recorded {
     pub dropped: Vec<WeakKey>,
     /// Counts as activity until the records are in use.
     pub activity: Activity,
+}
+
+/// Has `recorder` save what others have shared, unless it has too much to do.
+pub fn saves_shared(recorder: &mpsc::Sender<Message>) -> impl Fn(Arc<Parent>) + use<> {
+    // Weak: the recorder itself shares.
+    let recorder = recorder.downgrade();
+    move |parent| {
+        if let Some(recorder) = recorder.upgrade() {
+            // What is not saved is used all the same.
+            let _ = recorder.try_send(Message::Import(Box::new(Import::Shared(parent))));
+        }
+    }
 }
 
 /// Records builds until there are no more.
@@ -175,7 +186,9 @@ pub async fn run(
                     };
                     // An engine that is gone needs to know nothing.
                     let _ = recorded.send(message).await;
-                    share::publish(&workshop, &parent, &dependencies).await;
+                    if let Some(sharing) = &workshop.sharing {
+                        sharing.publish(&parent, &dependencies).await;
+                    }
                 }
                 Err(reason) => tracing::warn!(parent = label, %reason, "a build was not recorded"),
             }

@@ -12,13 +12,12 @@ use std::sync::Arc;
 use bytes::Bytes;
 use prost::Message as _;
 
-use super::share::{self, Obtained, Sharing, in_time};
+use super::share::{Obtained, Sharing, in_time};
 use super::shelf::{MAX_SHARED, ShareError, Shelf, UnusableError};
 use crate::reapi::primed::store::v1 as proto;
 use crate::speculation::records::interchange::Malformed;
 use crate::speculation::records::parent::{Parent, ParentIdentity, WeakKey};
-use crate::speculation::records::store::{identity, stored_parent};
-use crate::speculation::workshop::Workshop;
+use crate::speculation::records::store::{Store, identity, stored_parent};
 use crate::task;
 
 /// The instances that a parent's command executes under, as far as they are kept apart.
@@ -75,10 +74,10 @@ impl Relatives {
 
     /// What is shared of the parent that is asked for as `asked`.
     async fn fetch(
-        workshop: &Workshop,
+        sharing: &Sharing,
         asked: &ParentIdentity,
     ) -> Result<Option<Self>, UnusableError> {
-        let get = Shelf::Relatives.get(workshop, asked, MAX_SHARED);
+        let get = Shelf::Relatives.get(&sharing.place, asked, MAX_SHARED);
         let encoded = get.await?;
         encoded
             .map(|encoded| Self::read(asked, encoded))
@@ -88,7 +87,6 @@ impl Relatives {
 
 /// Names a parent that is shared as such, and as a dependent of `dependencies`.
 pub async fn introduce(
-    workshop: &Workshop,
     sharing: &Sharing,
     parent: &ParentIdentity,
     dependencies: &[ParentIdentity],
@@ -96,13 +94,13 @@ pub async fn introduce(
     let Some(own) = parent.as_asked_for() else {
         return Ok(());
     };
-    if !sharing.may_write(workshop, &own.instance).await? {
+    if !sharing.may_write(&own.instance).await? {
         return Ok(());
     }
-    enter(workshop, &own, |known| add(&mut known.own, parent, MAX_OWN)).await?;
+    enter(sharing, &own, |known| add(&mut known.own, parent, MAX_OWN)).await?;
     for dependency in dependencies {
         if let Some(dependency) = dependency.as_asked_for() {
-            enter(workshop, &dependency, |known| {
+            enter(sharing, &dependency, |known| {
                 add(&mut known.dependents, parent, MAX_NAMED)
             })
             .await?;
@@ -113,18 +111,18 @@ pub async fn introduce(
 
 /// Has `add` add to what is shared of a parent.
 async fn enter(
-    workshop: &Workshop,
+    sharing: &Sharing,
     asked: &ParentIdentity,
     add: impl FnOnce(&mut Relatives) -> bool,
 ) -> Result<(), ShareError> {
-    let mut relatives = match Relatives::fetch(workshop, asked).await {
+    let mut relatives = match Relatives::fetch(sharing, asked).await {
         Ok(known) => known.unwrap_or_default(),
         Err(UnusableError::Backend(status)) => return Err(status.into()),
         // Nobody can use it.
         Err(_) => Relatives::default(),
     };
     if add(&mut relatives) {
-        let put = Shelf::Relatives.put(workshop, asked, relatives.encode());
+        let put = Shelf::Relatives.put(&sharing.place, asked, relatives.encode());
         put.await?;
     }
     Ok(())
@@ -148,25 +146,28 @@ pub struct SharedFamily {
     pub dependents: Dependents,
 }
 
-/// What others have shared of the parent that is asked for as `asked`, if that is wanted, and there
-/// is anything.
-pub async fn obtain(workshop: &Workshop, asked: &ParentIdentity) -> Option<SharedFamily> {
-    workshop.sharing.as_ref()?;
-    let fetched = Relatives::fetch(workshop, asked);
+/// What others have shared of the parent that is asked for as `asked`, if there is anything.
+pub async fn obtain(sharing: &Arc<Sharing>, asked: &ParentIdentity) -> Option<SharedFamily> {
+    let fetched = Relatives::fetch(sharing, asked);
     let relatives = in_time(&asked.label(), fetched).await??;
-    let mut dependents = Dependents::default();
+    let mut dependents = Dependents {
+        sharing: sharing.clone(),
+        reached: HashSet::new(),
+        named: Vec::new(),
+        fetched: 0,
+    };
     let mut own = Vec::new();
     for identity in &relatives.own {
         dependents.reached.insert(identity.weak_key());
-        own.extend(dependents.obtain(workshop, identity).await);
+        own.extend(dependents.obtain(identity).await);
     }
     dependents.named = relatives.dependents;
     Some(SharedFamily { own, dependents })
 }
 
 /// Those that depend on a parent, directly or not: the nearest first.
-#[derive(Default)]
 pub struct Dependents {
+    sharing: Arc<Sharing>,
     /// Those before them.
     reached: HashSet<WeakKey>,
     /// Those that are to be obtained next.
@@ -177,7 +178,7 @@ pub struct Dependents {
 
 impl Dependents {
     /// The records of those that depend on those before them; `None` when there are no more.
-    pub async fn next(&mut self, workshop: &Workshop) -> Option<Vec<Arc<Parent>>> {
+    pub async fn next(&mut self) -> Option<Vec<Arc<Parent>>> {
         let mut found = Vec::new();
         let mut further = Vec::new();
         for identity in std::mem::take(&mut self.named) {
@@ -185,9 +186,9 @@ impl Dependents {
             if self.reached.contains(&key) || self.reached.len() >= MAX_OBTAINED {
                 continue;
             }
-            let parent = match recorded(workshop, key).await {
+            let parent = match recorded(&self.sharing.store, key).await {
                 Some(parent) => Some(parent),
-                None => self.obtain(workshop, &identity).await,
+                None => self.obtain(&identity).await,
             };
             // It may have depended on them once.
             let depends = |parent: &Arc<Parent>| !parent.dependencies().is_disjoint(&self.reached);
@@ -200,28 +201,24 @@ impl Dependents {
         self.reached
             .extend(found.iter().map(|parent| parent.identity.weak_key()));
         for asked in further {
-            let fetched = Relatives::fetch(workshop, &asked);
+            let fetched = Relatives::fetch(&self.sharing, &asked);
             let relatives = in_time(&asked.label(), fetched).await.flatten();
             self.named.extend(relatives.unwrap_or_default().dependents);
         }
         (!found.is_empty()).then_some(found)
     }
 
-    async fn obtain(
-        &mut self,
-        workshop: &Workshop,
-        identity: &ParentIdentity,
-    ) -> Option<Arc<Parent>> {
+    async fn obtain(&mut self, identity: &ParentIdentity) -> Option<Arc<Parent>> {
         let room = MAX_BYTES - self.fetched;
-        let Obtained { parent, size } = share::obtain(workshop, identity, room).await?;
+        let Obtained { parent, size } = self.sharing.obtain(identity, room).await?;
         self.fetched += size;
         Some(parent)
     }
 }
 
 /// What is recorded here under `key`.
-async fn recorded(workshop: &Workshop, key: WeakKey) -> Option<Arc<Parent>> {
-    let store = workshop.store.clone();
+async fn recorded(store: &Arc<Store>, key: WeakKey) -> Option<Arc<Parent>> {
+    let store = store.clone();
     let loaded = task::blocking("loading records", move || store.load(key));
     // A store that cannot be read says so elsewhere.
     loaded.await?.ok()?.map(Arc::new)
@@ -229,8 +226,11 @@ async fn recorded(workshop: &Workshop, key: WeakKey) -> Option<Arc<Parent>> {
 
 #[cfg(test)]
 mod tests {
+    use super::super::shelf::Place;
     use super::*;
+    use crate::backend::Backend;
     use crate::cas::memory::Memory;
+    use crate::cas::transfer::Cas;
     use crate::cas::{Digest, DigestFunction};
     use crate::speculation::records::parent::{ActionParent, Origin, ParentKind};
 
@@ -252,8 +252,15 @@ mod tests {
         names.iter().map(|name| element(name)).collect()
     }
 
+    /// A primed without records that shares by way of `backend`. Nobody saves what it obtains.
+    fn sharing(backend: Arc<dyn Backend>) -> Arc<Sharing> {
+        let cas = Cas::new(backend.clone());
+        let place = Place { backend, cas };
+        Arc::new(Sharing::new(place, Arc::new(Store::in_memory()), drop))
+    }
+
     /// Shares what is recorded of `name`, which depends on `dependencies`.
-    async fn publish(workshop: &Workshop, name: &str, dependencies: &[&str]) {
+    async fn publish(sharing: &Sharing, name: &str, dependencies: &[&str]) {
         let mut parent = Parent::new(element(name));
         for dependency in elements(dependencies) {
             let origin = Origin::Artifact {
@@ -262,12 +269,12 @@ mod tests {
             };
             parent.overlays.add(Digest::of(b"output"), origin);
         }
-        share::publish(workshop, &parent, &elements(dependencies)).await;
+        sharing.publish(&parent, &elements(dependencies)).await;
     }
 
     /// The names of what is obtained of `name`: of itself, then of those that depend on it, level
     /// by level.
-    async fn obtained(workshop: &Workshop, name: &str) -> Vec<Vec<String>> {
+    async fn obtained(sharing: &Arc<Sharing>, name: &str) -> Vec<Vec<String>> {
         let names = |parents: Vec<Arc<Parent>>| {
             let names = parents.iter().map(|parent| match &parent.identity.kind {
                 ParentKind::Action(action) => action.name.clone(),
@@ -278,11 +285,11 @@ mod tests {
             names
         };
         let asked = element(name).as_asked_for().unwrap();
-        let Some(mut family) = obtain(workshop, &asked).await else {
+        let Some(mut family) = obtain(sharing, &asked).await else {
             return Vec::new();
         };
         let mut levels = vec![names(family.own)];
-        while let Some(found) = family.dependents.next(workshop).await {
+        while let Some(found) = family.dependents.next().await {
             levels.push(names(found));
         }
         levels
@@ -291,13 +298,13 @@ mod tests {
     #[tokio::test]
     async fn whoever_asks_for_a_parent_finds_it_and_all_that_depend_on_it() {
         let backend = Memory::holding([]);
-        let one = Workshop::sharing(backend.clone());
+        let one = sharing(backend.clone());
         publish(&one, "base", &[]).await;
         publish(&one, "lib", &["base"]).await;
         publish(&one, "app", &["lib"]).await;
         publish(&one, "tool", &["base", "lib"]).await;
         publish(&one, "stranger", &[]).await;
-        let other = Workshop::sharing(backend.clone());
+        let other = sharing(backend.clone());
         let of_base = [&["base"][..], &["lib", "tool"], &["app"]];
         assert_eq!(obtained(&other, "base").await, of_base);
         assert_eq!(obtained(&other, "app").await, [["app"]]);
@@ -319,14 +326,14 @@ mod tests {
 
     #[tokio::test]
     async fn what_is_damaged_is_not_used_and_mended_by_the_next_who_shares() {
-        let workshop = Workshop::sharing(Memory::holding([]));
+        let sharing = sharing(Memory::holding([]));
         let asked = element("lib").as_asked_for().unwrap();
         let garbage = Bytes::from_static(b"\xff");
-        let put = Shelf::Relatives.put(&workshop, &asked, garbage);
+        let put = Shelf::Relatives.put(&sharing.place, &asked, garbage);
         put.await.unwrap();
-        assert!(obtained(&workshop, "lib").await.is_empty());
-        publish(&workshop, "lib", &[]).await;
-        assert_eq!(obtained(&workshop, "lib").await, [["lib"]]);
+        assert!(obtained(&sharing, "lib").await.is_empty());
+        publish(&sharing, "lib", &[]).await;
+        assert_eq!(obtained(&sharing, "lib").await, [["lib"]]);
     }
 
     #[test]

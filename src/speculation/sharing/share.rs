@@ -13,56 +13,67 @@ use std::time::Duration;
 use bytes::Bytes;
 use parking_lot::Mutex;
 use prost::Message as _;
-use tokio::sync::mpsc;
 use tonic::Status;
 
 use super::relatives;
-use super::shelf::{ShareError, Shelf, UnusableError};
-use crate::cas::Digest;
+use super::shelf::{Place, ShareError, Shelf, UnusableError};
 use crate::clock;
-use crate::speculation::recording::archive::Import;
-use crate::speculation::recording::recorder;
 use crate::speculation::records::interchange::{self, Interchange, Names};
 use crate::speculation::records::parent::{
     Origin, OverlayTable, Parent, ParentIdentity, ParentKind,
 };
-use crate::speculation::workshop::Workshop;
+use crate::speculation::records::store::Store;
 
 /// How long a build's first question may wait for shared records.
 const MAX_LOOKUP: Duration = Duration::from_secs(10);
 /// How long recording may be held up by sharing.
 const MAX_UPLOAD: Duration = Duration::from_secs(60);
 
-/// What sharing needs to remember.
+/// The way to shared records.
 pub struct Sharing {
-    /// Has fetched records saved. Weak: the recorder itself shares.
-    recorder: mpsc::WeakSender<recorder::Message>,
+    /// Where they stand.
+    pub(super) place: Place,
+    /// What is recorded here.
+    pub(super) store: Arc<Store>,
+    /// Has fetched records saved.
+    save: Box<dyn Fn(Arc<Parent>) + Send + Sync>,
     /// For each instance, whether its action cache may be updated.
     may_write: Mutex<HashMap<Arc<str>, bool>>,
     /// Instances whose refusal was reported.
     reported: Mutex<HashSet<Arc<str>>>,
 }
 
+/// Shared records.
+pub struct Obtained {
+    /// What can be used of them.
+    pub parent: Arc<Parent>,
+    /// How long the message was, in bytes.
+    pub size: u64,
+}
+
 impl Sharing {
-    /// Fetched records are saved by `recorder`.
-    pub fn new(recorder: &mpsc::Sender<recorder::Message>) -> Self {
+    /// Records in `place`, beside those in `store`. What is fetched `save` has saved, in the
+    /// background.
+    pub fn new(
+        place: Place,
+        store: Arc<Store>,
+        save: impl Fn(Arc<Parent>) + Send + Sync + 'static,
+    ) -> Self {
         Sharing {
-            recorder: recorder.downgrade(),
+            place,
+            store,
+            save: Box::new(save),
             may_write: Mutex::default(),
             reported: Mutex::default(),
         }
     }
 
     /// Whether `instance` takes updates, by what it says of itself.
-    pub(super) async fn may_write(
-        &self,
-        workshop: &Workshop,
-        instance: &Arc<str>,
-    ) -> Result<bool, Status> {
+    pub(super) async fn may_write(&self, instance: &Arc<str>) -> Result<bool, Status> {
         if let Some(known) = self.may_write.lock().get(instance) {
             return Ok(*known);
         }
-        let capabilities = workshop.backend.capabilities(instance).await?;
+        let capabilities = self.place.backend.capabilities(instance).await?;
         let cache = capabilities.cache_capabilities.unwrap_or_default();
         let updates = cache.action_cache_update_capabilities.unwrap_or_default();
         let may_write = updates.update_enabled;
@@ -77,39 +88,51 @@ impl Sharing {
         }
         Ok(may_write)
     }
-}
 
-/// Shares what was recorded of `parent`, and that it depends on `dependencies`, if that is wanted.
-/// Returns when it is done or given up.
-pub async fn publish(workshop: &Workshop, parent: &Parent, dependencies: &[ParentIdentity]) {
-    let Some(sharing) = &workshop.sharing else {
-        return;
-    };
-    let instance = &parent.identity.instance;
-    let shared = async {
-        if sharing.may_write(workshop, instance).await? {
-            let records = share(workshop, parent).await?;
-            relatives::introduce(workshop, sharing, &parent.identity, dependencies).await?;
-            tracing::debug!(parent = parent.identity.label(), %records, "shared");
-        }
-        Ok(())
-    };
-    let shared = tokio::time::timeout(MAX_UPLOAD, shared).await;
-    if let Err(error) = shared.unwrap_or(Err(ShareError::TooSlow)) {
-        let parent = parent.identity.label();
-        match sharing.reported.lock().insert(instance.clone()) {
-            true => tracing::warn!(parent, %error, "records are not shared"),
-            false => tracing::debug!(parent, %error, "records are not shared"),
+    /// Shares what was recorded of `parent`, and that it depends on `dependencies`. Returns when it
+    /// is done or given up.
+    pub async fn publish(&self, parent: &Parent, dependencies: &[ParentIdentity]) {
+        let instance = &parent.identity.instance;
+        let shared = async {
+            if self.may_write(instance).await? {
+                let message = interchange::message(&timeless(parent), &Names::default(), None);
+                let encoded = message.encode_to_vec().into();
+                let put = Shelf::Records.put(&self.place, &parent.identity, encoded);
+                let records = put.await?;
+                relatives::introduce(self, &parent.identity, dependencies).await?;
+                tracing::debug!(parent = parent.identity.label(), %records, "shared");
+            }
+            Ok(())
+        };
+        let shared = tokio::time::timeout(MAX_UPLOAD, shared).await;
+        if let Err(error) = shared.unwrap_or(Err(ShareError::TooSlow)) {
+            let parent = parent.identity.label();
+            match self.reported.lock().insert(instance.clone()) {
+                true => tracing::warn!(parent, %error, "records are not shared"),
+                false => tracing::debug!(parent, %error, "records are not shared"),
+            }
         }
     }
-}
 
-async fn share(workshop: &Workshop, parent: &Parent) -> Result<Digest, ShareError> {
-    let identity = &parent.identity;
-    let message = interchange::message(&timeless(parent), &Names::default(), None);
-    let encoded = message.encode_to_vec().into();
-    let put = Shelf::Records.put(workshop, identity, encoded);
-    put.await
+    /// The shared records of a parent of which nothing is recorded here, if there are any, and they
+    /// take no more than `most` bytes. They are saved too.
+    pub async fn obtain(&self, identity: &ParentIdentity, most: u64) -> Option<Obtained> {
+        let label = identity.label();
+        let fetched = async {
+            let get = Shelf::Records.get(&self.place, identity, most);
+            let Some(message) = get.await? else {
+                return Ok(None);
+            };
+            let size = message.len() as u64;
+            let parent = Arc::new(usable(identity, message)?);
+            Ok(Some(Obtained { parent, size }))
+        };
+        let obtained = in_time(&label, fetched).await??;
+        let actions = obtained.parent.actions.len();
+        tracing::info!(parent = label, actions, "uses shared records");
+        (self.save)(obtained.parent.clone());
+        Some(obtained)
+    }
 }
 
 /// `parent` without the times at which this machine saw it: a build that changed nothing shares
@@ -121,40 +144,6 @@ fn timeless(parent: &Parent) -> Parent {
         Arc::make_mut(base).last_seen_unix_ms = 0;
     }
     parent
-}
-
-/// Shared records.
-pub struct Obtained {
-    /// What can be used of them.
-    pub parent: Arc<Parent>,
-    /// How long the message was, in bytes.
-    pub size: u64,
-}
-
-/// The shared records of a parent of which nothing is recorded here, if that is wanted, there are
-/// any, and they take no more than `most` bytes. They are saved too, in the background.
-pub async fn obtain(workshop: &Workshop, identity: &ParentIdentity, most: u64) -> Option<Obtained> {
-    let sharing = workshop.sharing.as_ref()?;
-    let label = identity.label();
-    let fetched = async {
-        let get = Shelf::Records.get(workshop, identity, most);
-        let Some(message) = get.await? else {
-            return Ok(None);
-        };
-        let size = message.len() as u64;
-        let parent = Arc::new(usable(identity, message)?);
-        Ok(Some(Obtained { parent, size }))
-    };
-    let obtained = in_time(&label, fetched).await??;
-    let parent = obtained.parent.clone();
-    let actions = parent.actions.len();
-    tracing::info!(parent = label, actions, "uses shared records");
-    if let Some(recorder) = sharing.recorder.upgrade() {
-        let shared = Box::new(Import::Shared(parent));
-        // Dropped if there is too much to save; then they are only used.
-        let _ = recorder.try_send(recorder::Message::Import(shared));
-    }
-    Some(obtained)
 }
 
 /// What was fetched of the parent `label`, if it came in time and can be used. Says so if not.
@@ -236,6 +225,7 @@ fn is_plain(path: &Path) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::cas::Digest;
     use crate::reapi::Action;
     use crate::speculation::records::parent::{
         ActionParent, BaseAction, SubactionKey, WeakKey, fixture,

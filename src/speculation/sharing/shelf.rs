@@ -5,20 +5,30 @@
 //! result has one output file, which is what is shared.
 
 use std::collections::HashMap;
+use std::sync::Arc;
 
 use bytes::Bytes;
 use tonic::Status;
 
+use crate::backend::Backend;
+use crate::cas::transfer::Cas;
 use crate::cas::{Digest, DigestFunction};
 use crate::reapi::{Action, ActionResult, Command, Directory, ExecutedActionMetadata, OutputFile};
 use crate::speculation::records::interchange::Malformed;
 use crate::speculation::records::parent::{ParentIdentity, WeakKey};
-use crate::speculation::workshop::Workshop;
 
 /// Changes with the form of what is shared.
 const SALT: &[u8] = b"primed.store.v1";
 /// The largest blob that is shared or fetched, in bytes.
 pub const MAX_SHARED: u64 = 64 * 1024 * 1024;
+
+/// The backend that they stand in.
+pub struct Place {
+    /// Has the action cache.
+    pub backend: Arc<dyn Backend>,
+    /// Its CAS.
+    pub cas: Cas,
+}
 
 /// What is shared of a parent.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -89,7 +99,7 @@ impl Shelf {
     /// `TooLarge`, or the backend's status.
     pub async fn put(
         self,
-        workshop: &Workshop,
+        place: &Place,
         parent: &ParentIdentity,
         shared: Bytes,
     ) -> Result<Digest, ShareError> {
@@ -100,7 +110,7 @@ impl Shelf {
         }
         let Entry { action, mut blobs } = Entry::of(self, parent);
         blobs.insert(digest, shared);
-        workshop.cas.upload(instance, &blobs).await?;
+        place.cas.upload(instance, &blobs).await?;
         let result = ActionResult {
             output_files: vec![OutputFile {
                 path: self.output().to_owned(),
@@ -113,8 +123,8 @@ impl Shelf {
             }),
             ..ActionResult::default()
         };
-        let backend = &workshop.backend;
-        backend
+        place
+            .backend
             .update_action_result(instance, action, result)
             .await?;
         Ok(digest)
@@ -126,13 +136,13 @@ impl Shelf {
     /// When it cannot be asked for, its entry cannot be used, or it takes more than `most` bytes.
     pub async fn get(
         self,
-        workshop: &Workshop,
+        place: &Place,
         parent: &ParentIdentity,
         most: u64,
     ) -> Result<Option<Bytes>, UnusableError> {
         let instance = &parent.instance;
         let entry = Entry::of(self, parent);
-        let result = workshop.backend.action_result(instance, entry.action);
+        let result = place.backend.action_result(instance, entry.action);
         let Some(result) = result.await? else {
             return Ok(None);
         };
@@ -146,7 +156,7 @@ impl Shelf {
             return Err(UnusableError::TooLarge(digest.size()));
         }
         // One that is gone was shared too long ago.
-        let mut blobs = workshop.cas.fetch(instance, [digest]).await?;
+        let mut blobs = place.cas.fetch(instance, [digest]).await?;
         Ok(blobs.remove(&digest))
     }
 }

@@ -71,7 +71,7 @@ async fn what_has_landed_while_another_plan_was_made_is_not_executed_again() {
     }
     let (parent, trees) = recorded(directory.path(), &sources);
     let group = Group::Invocation(parent.identity.weak_key());
-    let workshop = Workshop::sharing(Memory::holding(trees));
+    let workshop = Workshop::before(Memory::holding(trees));
     let (mailbox, _messages) = mpsc::channel(1);
     let mut worker = Worker::new(&group, mailbox.downgrade(), workshop.clone());
     let awaited = |worker: &Worker| -> Vec<FlightKey> {
