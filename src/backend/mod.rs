@@ -13,6 +13,7 @@ pub mod instance_rewriter;
 pub mod instances;
 mod keep_alive;
 pub mod remote;
+mod tcp;
 mod token_file;
 mod tunnel;
 pub mod upstream;

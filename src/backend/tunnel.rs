@@ -9,7 +9,7 @@ use hyper::upgrade::Upgraded;
 use hyper_util::client::proxy::matcher::Intercept;
 use hyper_util::rt::TokioIo;
 
-use super::dial::connect_tcp;
+use super::tcp;
 use crate::task;
 
 /// Opens one to `authority`, which is `HOST:PORT`.
@@ -28,7 +28,7 @@ pub async fn open(proxy: &Intercept, authority: &str) -> io::Result<Upgraded> {
 async fn ask(proxy: &Intercept, authority: &str) -> io::Result<Upgraded> {
     let host = proxy.uri().host().unwrap_or_default();
     let host = host.trim_start_matches('[').trim_end_matches(']');
-    let socket = connect_tcp(host, proxy.uri().port_u16().unwrap_or(80)).await?;
+    let socket = tcp::connect(host, proxy.uri().port_u16().unwrap_or(80)).await?;
     let handshake = http1::handshake(TokioIo::new(socket)).await;
     let (mut sender, connection) = handshake.map_err(io::Error::other)?;
     task::spawn("tunnel", connection.with_upgrades());

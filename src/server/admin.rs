@@ -14,7 +14,8 @@ use serde::{Deserialize, Serialize};
 use tokio::sync::{mpsc, oneshot};
 
 use super::listen::Listener;
-use super::metrics::{self, METRICS_PATH};
+use super::metrics::process::Process;
+use super::metrics::{METRICS_PATH, Now};
 use super::pages::{self, Lifetime, of_type, text};
 use super::runs::{OpenPage, Runs};
 use crate::address::Address;
@@ -31,6 +32,7 @@ use crate::speculation::recording::archive::{
 use crate::speculation::records::interchange::MAX_MESSAGE;
 use crate::speculation::records::parent::WeakKey;
 use crate::speculation::records::store;
+use crate::task;
 use crate::workspace::peer::PeerOrigin;
 
 /// Where the state of things is.
@@ -193,7 +195,7 @@ impl Admin {
         }
         match (request.method(), path) {
             (&Method::GET, STATUS_PATH) => json(&self.status().await),
-            (&Method::GET, METRICS_PATH) => metrics::read(self).await,
+            (&Method::GET, METRICS_PATH) => self.now().await.page(),
             (&Method::GET, WAIT_PATH) => {
                 self.wait().await;
                 text(StatusCode::OK, "quiet\n")
@@ -202,6 +204,20 @@ impl Admin {
                 StatusCode::NOT_FOUND,
                 "there are /status, /metrics, /builds, /explain, /wait, /records and /runs\n",
             ),
+        }
+    }
+
+    /// What there is now, for the metrics.
+    pub async fn now(&self) -> Now {
+        Now {
+            engine: self.engine_status().await,
+            flights: self.flights.counts(),
+            slots: self.flights.cap(),
+            upstream: self.health.state(),
+            upstream_connections: self.health.connections(),
+            embedded: self.embedded.as_ref().map(|embedded| embedded.usage()),
+            store_bytes: self.store_bytes(),
+            process: task::blocking("process", Process::now).await.flatten(),
         }
     }
 
@@ -386,12 +402,12 @@ impl Admin {
     }
 
     /// What the engine says of itself; `None` without one, and when it takes too long.
-    pub async fn engine_status(&self) -> Option<Status> {
+    async fn engine_status(&self) -> Option<Status> {
         ask_status(self.engine.as_ref()?).await
     }
 
     /// How large the records on disk are, if they are there.
-    pub fn store_bytes(&self) -> Option<u64> {
+    fn store_bytes(&self) -> Option<u64> {
         self.engine.as_ref()?;
         store::size_on_disk(&self.state_dir)
     }

@@ -7,9 +7,7 @@ use std::task::Poll;
 use std::time::Duration;
 
 use tokio::io::{AsyncRead, AsyncWrite};
-use tokio::sync::watch;
 
-use super::shards::stopped;
 use crate::http2::HANDSHAKE_TIMEOUT;
 use crate::http2::connection::Connection;
 use crate::http2::stream::StreamError;
@@ -19,7 +17,7 @@ use crate::workspace::peer::Peer;
 /// How long a connection without any call may last after a request to stop.
 const SILENT_GRACE: Duration = Duration::from_secs(1);
 
-/// Serves one connection to its end. After `shutdown` it takes no new calls.
+/// Serves one connection to its end. When `stopped` is ready it takes no new calls.
 ///
 /// # Errors
 /// Why HTTP/2 came to an end before its time; a client that just goes is no error.
@@ -28,7 +26,7 @@ pub async fn serve<S>(
     peer: Arc<Peer>,
     proxy: Arc<Proxy>,
     max_streams: u32,
-    mut shutdown: watch::Receiver<bool>,
+    stopped: impl Future<Output = ()>,
 ) -> Result<(), String>
 where
     S: AsyncRead + AsyncWrite + Unpin,
@@ -52,7 +50,7 @@ where
     tokio::select! {
         biased;
         ended = &mut carried => return ended,
-        () = stopped(&mut shutdown) => {}
+        () = stopped => {}
     }
     drop(carried);
     if !connection.is_greeted() {

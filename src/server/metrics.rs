@@ -1,7 +1,7 @@
 //! `--metrics`: what primed has counted and what there is now, as OpenMetrics text. The names are
 //! documented in docs/metrics.md and stay as they are.
 
-mod process;
+pub mod process;
 
 use std::fmt;
 use std::time::Duration;
@@ -14,7 +14,6 @@ use prometheus_client::metrics::MetricType;
 use prometheus_client::metrics::exemplar::Exemplar;
 use prometheus_client::registry::{Registry, Unit};
 
-use super::admin::Admin;
 use super::listen::Listener;
 use super::pages::{self, Lifetime, Page, of_type, text};
 use crate::backend::embedded::Usage;
@@ -34,56 +33,45 @@ const CONTENT_TYPE: &str = "application/openmetrics-text; version=1.0.0; charset
 /// How long a scraper may take to ask and to read: ten seconds is what Prometheus allows itself.
 const PATIENCE: Duration = Duration::from_secs(10);
 
-/// Serves the page until the task is dropped.
-pub async fn serve(listener: Listener, admin: Admin) {
+/// Serves what `read` returns until the task is dropped.
+pub async fn serve<R>(listener: Listener, read: impl Fn() -> R + Clone + Send + Sync + 'static)
+where
+    R: Future<Output = Now> + Send,
+{
     let answer = move |request: Request<Body>, _| {
-        let admin = admin.clone();
-        async move { page(&admin, &request).await }
+        let read = read.clone();
+        async move {
+            match (request.method(), request.uri().path()) {
+                (&Method::GET | &Method::HEAD, METRICS_PATH) => read().await.page(),
+                (_, METRICS_PATH) => {
+                    text(StatusCode::METHOD_NOT_ALLOWED, "metrics are read by GET\n")
+                }
+                _ => text(StatusCode::NOT_FOUND, "there is /metrics\n"),
+            }
+        }
     };
     pages::serve(listener, Lifetime::OneAnswer(PATIENCE), answer).await;
 }
 
-async fn page(admin: &Admin, request: &Request<Body>) -> Page {
-    match (request.method(), request.uri().path()) {
-        (&Method::GET | &Method::HEAD, METRICS_PATH) => read(admin).await,
-        (_, METRICS_PATH) => text(StatusCode::METHOD_NOT_ALLOWED, "metrics are read by GET\n"),
-        _ => text(StatusCode::NOT_FOUND, "there is /metrics\n"),
-    }
-}
-
-/// The page itself.
-pub async fn read(admin: &Admin) -> Page {
-    let now = Now {
-        engine: admin.engine_status().await,
-        flights: admin.flights.counts(),
-        slots: admin.flights.cap(),
-        upstream: admin.health.state(),
-        upstream_connections: admin.health.connections(),
-        embedded: admin.embedded.as_ref().map(|embedded| embedded.usage()),
-        store_bytes: admin.store_bytes(),
-        process: task::blocking("process", Process::now).await.flatten(),
-    };
-    let mut registry = Registry::default();
-    registry.register_collector(Box::new(now));
-    let mut page = String::new();
-    match open_metrics::encode(&mut page, &registry) {
-        Ok(()) => of_type(CONTENT_TYPE, page),
-        Err(error) => text(StatusCode::INTERNAL_SERVER_ERROR, &error.to_string()),
-    }
-}
-
 /// What is there, beside what `METERS` has counted.
 #[derive(Debug)]
-struct Now {
+pub struct Now {
     /// Absent without an engine, and where it does not answer in time.
-    engine: Option<Status>,
-    flights: FlightCounts,
-    slots: usize,
-    upstream: UpstreamState,
-    upstream_connections: usize,
-    embedded: Option<Usage>,
-    store_bytes: Option<u64>,
-    process: Option<Process>,
+    pub engine: Option<Status>,
+    /// What was in flight, and is.
+    pub flights: FlightCounts,
+    /// How much may be.
+    pub slots: usize,
+    /// Whether `--upstream` can be reached.
+    pub upstream: UpstreamState,
+    /// How many connections to it there are.
+    pub upstream_connections: usize,
+    /// What the embedded backend holds and runs, if there is one.
+    pub embedded: Option<Usage>,
+    /// How large the store is, if that can be seen.
+    pub store_bytes: Option<u64>,
+    /// What the system says of this process, if it can be asked.
+    pub process: Option<Process>,
 }
 
 impl Collector for Now {
@@ -106,6 +94,17 @@ impl Collector for Now {
 }
 
 impl Now {
+    /// The page itself.
+    pub fn page(self) -> Page {
+        let mut registry = Registry::default();
+        registry.register_collector(Box::new(self));
+        let mut page = String::new();
+        match open_metrics::encode(&mut page, &registry) {
+            Ok(()) => of_type(CONTENT_TYPE, page),
+            Err(error) => text(StatusCode::INTERNAL_SERVER_ERROR, &error.to_string()),
+        }
+    }
+
     fn forwarding(&self, to: &mut Families) -> fmt::Result {
         let calls = METERS.calls.get();
         let ended = calls.iter().flat_map(|calls| {

@@ -173,7 +173,12 @@ pub async fn run(config: Config, shutdown: impl Future<Output = ()>) -> Result<(
     };
     if let Some(listener) = metrics_listener {
         tracing::info!(metrics = %listener.address(), "metrics can be read");
-        let metrics = tasks.track_future(metrics::serve(listener, admin.clone()));
+        let admin = admin.clone();
+        let now = move || {
+            let admin = admin.clone();
+            async move { admin.now().await }
+        };
+        let metrics = tasks.track_future(metrics::serve(listener, now));
         accepting.push(task::spawn("metrics listener", metrics));
     }
     let admin_page = tasks.track_future(admin::serve(admin_listener, admin));

@@ -168,7 +168,7 @@ impl Worker {
     fn connection(&self, accepted: Accepted) -> impl Future<Output = ()> + use<> {
         let proxy = self.proxy.clone();
         let max_streams = self.max_streams;
-        let shutdown = self.shutdown.clone();
+        let mut shutdown = self.shutdown.clone();
         let open = self.open.clone();
         async move {
             let _present = METERS.clients.enter();
@@ -176,7 +176,8 @@ impl Worker {
             let engine = proxy.engine.clone();
             let ended = match accepted.into_stream().await {
                 Ok(stream) => {
-                    connection::serve(stream, peer.clone(), proxy, max_streams, shutdown).await
+                    let stopped = stopped(&mut shutdown);
+                    connection::serve(stream, peer.clone(), proxy, max_streams, stopped).await
                 }
                 Err(error) => Err(error.to_string()),
             };
@@ -192,6 +193,6 @@ impl Worker {
 }
 
 /// Waits until the shards are told to stop, or nobody is left to tell them.
-pub async fn stopped(shutdown: &mut watch::Receiver<bool>) {
+async fn stopped(shutdown: &mut watch::Receiver<bool>) {
     let _ = shutdown.wait_for(|stop| *stop).await;
 }

@@ -2,18 +2,17 @@
 //! answered. Counts only; what is recorded is `recording`'s business.
 
 use std::hash::BuildHasher;
-use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use tracing::field::Empty;
 
 use super::callers::{BuildKey, Caller};
+use super::subaction::Subaction;
 use crate::cas::Digest;
 use crate::clock::millis;
 use crate::meters::METERS;
 use crate::quick_map::{QuickMap, RandomState};
-use crate::reapi::ActionResult;
 use crate::speculation::flights::FlightKey;
 use crate::speculation::journal::accounting::{
     Accounting, Asked, BuildStatus, Counts, Effort, Leads, Shortfall,
@@ -22,21 +21,6 @@ use crate::speculation::journal::{Journal, Line, Note, Room};
 
 /// Distinct actions of one build that are told apart; further ones are not counted.
 const MAX_ASKED: usize = 1_000_000;
-
-/// An action that a build executed, or found in the action cache.
-#[derive(Clone, Debug)]
-pub struct Subaction {
-    /// Digest of the action.
-    pub action: Digest,
-    /// Its result, with exit code 0.
-    pub result: Arc<ActionResult>,
-    /// Its place in the order in which the build asked.
-    pub order: u64,
-    /// Where the client that asked ran, if it could be seen.
-    pub working_directory: Option<PathBuf>,
-    /// The root of that client's file system; empty if it could not be seen.
-    pub file_system_root: PathBuf,
-}
 
 /// A build that is running or has ended.
 #[derive(Debug)]

@@ -7,3 +7,4 @@ pub mod hidden_hits;
 pub mod observation;
 pub(super) mod operations;
 pub mod runs;
+pub(super) mod subaction;

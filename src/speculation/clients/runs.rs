@@ -8,8 +8,8 @@ use std::sync::Arc;
 
 use tokio::sync::oneshot;
 
-use super::builds::Subaction;
 use super::callers::{BuildKey, Caller};
+use super::subaction::Subaction;
 use crate::quick_map::QuickMap;
 use crate::speculation::flights::FlightKey;
 use crate::speculation::journal::accounting::BuildStatus;

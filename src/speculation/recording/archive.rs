@@ -15,7 +15,7 @@ use super::record::record;
 use super::recorder::{self, Recorded};
 use crate::reapi::ActionResult;
 use crate::reapi::buildstream::v2::SpeculativeActions;
-use crate::speculation::clients::builds::Subaction;
+use crate::speculation::clients::subaction::Subaction;
 use crate::speculation::records::interchange::{self, Interchange, Malformed, Names};
 use crate::speculation::records::parent::{BaseAction, Parent, WeakKey};
 use crate::speculation::records::store::{Store, StoreError};

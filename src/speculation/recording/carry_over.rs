@@ -10,7 +10,7 @@ use std::sync::Arc;
 use tonic::Status;
 
 use crate::cas::outputs::output_files;
-use crate::speculation::clients::builds::Subaction;
+use crate::speculation::clients::subaction::Subaction;
 use crate::speculation::flights::FlightKey;
 use crate::speculation::planning::known::CurrentParent;
 use crate::speculation::planning::schedule::{Plan, Ready, Results};

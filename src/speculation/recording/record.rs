@@ -14,7 +14,7 @@ use super::mounts::Mounts;
 use crate::cas::outputs::output_files;
 use crate::cas::{Digest, DigestFunction};
 use crate::reapi::{Action, Command};
-use crate::speculation::clients::builds::Subaction;
+use crate::speculation::clients::subaction::Subaction;
 use crate::speculation::flights::durations::execution_time;
 use crate::speculation::records::parent::{
     BaseAction, Parent, ParentKind, SubactionKey, Unrecordable, action_parts,
