@@ -8,6 +8,7 @@ pub(super) mod known;
 pub(super) mod resolve;
 pub(super) mod schedule;
 pub(super) mod subject;
+mod tree_edit;
 pub(super) mod uses;
 pub mod verdict;
 pub(super) mod worth;

@@ -18,8 +18,9 @@
 use std::collections::{HashMap, HashSet};
 use std::path::{Path, PathBuf};
 
-use super::edits::{Cause, Implied, Learned, OldFile};
+use super::edits::{Cause, Implied, Learned};
 use super::known::{Known, find_file, find_output};
+use super::tree_edit::OldFile;
 use crate::cas::Digest;
 use crate::cas::directories::Trees;
 use crate::speculation::records::parent::{BaseAction, Origin, Parent, WeakKey};

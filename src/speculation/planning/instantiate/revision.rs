@@ -5,7 +5,8 @@ use std::sync::Arc;
 
 use prost::Message;
 
-use super::super::edits::{Entry, Fate, Implied, stands_for_itself};
+use super::super::edits::{Fate, Implied};
+use super::super::tree_edit::{Entry, stands_for_itself};
 use super::super::verdict::Change;
 use super::Spot;
 use crate::cas::Digest;
