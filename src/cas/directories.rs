@@ -240,6 +240,31 @@ impl DirectoryCache {
     }
 }
 
+/// The digest of the file at `path` in the tree of `root`.
+pub fn find_file(trees: &Trees, root: Digest, path: &str) -> Option<Digest> {
+    let (above, name) = path.rsplit_once('/').unwrap_or(("", path));
+    find_entry(&find_directory(trees, root, above)?.files, name)
+}
+
+/// The directory at `path` in the tree of `root`; the root itself if the path is empty.
+pub fn find_directory<'a>(trees: &'a Trees, root: Digest, path: &str) -> Option<&'a Directory> {
+    let mut directory = trees.get(&root)?;
+    for name in path.split('/').filter(|_| !path.is_empty()) {
+        directory = trees.get(&find_entry(&directory.directories, name)?)?;
+    }
+    Some(directory)
+}
+
+/// Entries of a canonical directory are sorted; others may not be.
+fn find_entry(entries: &[(String, Digest)], name: &str) -> Option<Digest> {
+    let sorted = entries.binary_search_by(|(entry, _)| entry.as_str().cmp(name));
+    let at = match sorted {
+        Ok(at) => Some(at),
+        Err(_) => entries.iter().position(|(entry, _)| entry == name),
+    };
+    at.map(|at| entries[at].1)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -120,6 +120,14 @@ pub fn normalized(directory: &str, path: &str) -> Option<String> {
     (!parts.is_empty()).then(|| parts.join("/"))
 }
 
+/// The digest that `outputs`, sorted by path, hold for `path`.
+pub fn find_output(outputs: &Outputs, path: &str) -> Option<Digest> {
+    let at = outputs
+        .binary_search_by(|(name, _)| name.as_str().cmp(path))
+        .ok()?;
+    Some(outputs[at].1)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

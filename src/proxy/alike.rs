@@ -9,7 +9,7 @@ use http::header::{HeaderName, HeaderValue};
 use http_body_util::{BodyExt as _, Limited};
 use prost::Message as _;
 
-use super::{Call, Proxy};
+use super::{Call, Proxy, methods};
 use crate::cas::Digest;
 use crate::grpc::{Framed, split_message};
 use crate::http2::fields::Fields;
@@ -88,7 +88,6 @@ impl Circle {
     }
 }
 
-const READ: &str = "/build.bazel.remote.execution.v2.ContentAddressableStorage/BatchReadBlobs";
 /// No action is larger than what gRPC's clients take.
 const MAX_ACTION: usize = 4 * 1024 * 1024;
 /// In what forms an answer may come: plain, if it is not there.
@@ -107,7 +106,7 @@ pub(super) fn may_be_shared(
         digest_function: key.action.function().to_proto(),
         ..BatchReadBlobsRequest::default()
     };
-    let mut read = call.beside(READ, &request);
+    let mut read = call.beside(methods::BATCH_READ_BLOBS, &request);
     read.head.headers.remove(&ACCEPTED);
     let (proxy, key) = (proxy.clone(), key.clone());
     async move {

@@ -12,8 +12,6 @@ use crate::grpc;
 use crate::reapi::google::longrunning::CancelOperationRequest;
 use crate::speculation::Engine;
 
-pub const METHOD: &str = "/google.longrunning.Operations/CancelOperation";
-
 pub async fn call(proxy: Arc<Proxy>, engine: Arc<Engine>, call: Call, mut reply: Reply) {
     let mut call = call;
     let read_name = |request: CancelOperationRequest| request.name;

@@ -25,8 +25,6 @@ use crate::reapi::primed::store::v1::RememberedCapabilities;
 use crate::reapi::{GetCapabilitiesRequest, ServerCapabilities};
 use crate::{task, whole_file};
 
-pub const METHOD: &str = "/build.bazel.remote.execution.v2.Capabilities/GetCapabilities";
-
 /// The longest request: the name of an instance.
 const MAX_REQUEST: usize = 4 * 1024;
 /// Longer answers are not remembered; a real one has some hundred bytes.

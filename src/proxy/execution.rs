@@ -17,8 +17,6 @@ use crate::reapi::ExecuteRequest;
 use crate::speculation::Engine;
 use crate::speculation::clients::observation::Observation;
 
-pub const METHOD: &str = "/build.bazel.remote.execution.v2.Execution/Execute";
-
 /// How often a client joins in vain before its own call is made for it alone.
 const ATTEMPTS: usize = 2;
 

@@ -11,9 +11,6 @@ use crate::speculation::clients::hidden_hits::action_of_proxy;
 use crate::speculation::flights::FlightKey;
 use prost::Message as _;
 
-pub const METHOD: &str =
-    "/build.bazel.remote.execution.v2.ContentAddressableStorage/FindMissingBlobs";
-
 pub async fn call(proxy: Arc<Proxy>, engine: Arc<Engine>, call: Call, mut reply: Reply) {
     let mut call = call;
     let origin = call.origin();

@@ -8,14 +8,11 @@ use std::time::Duration;
 use bytes::Bytes;
 use tonic::Code;
 
-use super::{Call, Proxy, Reply};
+use super::{Call, Proxy, Reply, methods};
 use crate::backend::endpoints::Endpoint;
 use crate::backend::health::UpstreamState;
 use crate::backend::upstream::UpstreamError;
 use crate::grpc;
-
-pub const CHECK: &str = "/grpc.health.v1.Health/Check";
-pub const WATCH: &str = "/grpc.health.v1.Health/Watch";
 
 /// The longest `HealthCheckRequest`: the name of a service.
 const MAX_REQUEST: usize = 4 * 1024;
@@ -23,7 +20,7 @@ const MAX_REQUEST: usize = 4 * 1024;
 const PROBE: Duration = Duration::from_secs(2);
 
 pub async fn call(proxy: Arc<Proxy>, call: Call, mut reply: Reply) {
-    let watches = call.head.path.path() == WATCH;
+    let watches = call.head.path.path() == methods::HEALTH_WATCH;
     let mut call = call;
     if reply
         .unless_gone(call.first_message(MAX_REQUEST))

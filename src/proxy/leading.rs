@@ -19,7 +19,7 @@ use tokio::sync::{mpsc, oneshot};
 use tokio::time::Instant;
 
 use super::shared_execution::{Presence, Reader, Shared};
-use super::{Call, Proxy, cancelling, waiting};
+use super::{Call, Proxy, methods};
 use crate::backend::exchange::{Answer, CallError};
 use crate::backend::upstream::UpstreamError;
 use crate::grpc::{self, FRAME_HEADER, Prefix};
@@ -350,7 +350,7 @@ impl Driver {
         let running = self.running()?;
         let request = WaitExecutionRequest { name: running.name };
         self.is_read_along()
-            .then(|| self.client.beside(waiting::METHOD, &request))
+            .then(|| self.client.beside(methods::WAIT_EXECUTION, &request))
     }
 
     /// The last operation, if it has a name and is not done.
@@ -369,7 +369,7 @@ impl Driver {
         let proxy = self.proxy.clone();
         let cancel = self
             .client
-            .beside(cancelling::METHOD, &CancelOperationRequest { name });
+            .beside(methods::CANCEL_OPERATION, &CancelOperationRequest { name });
         drop(self);
         let cancelled = async {
             if let Ok(answer) = proxy.send(cancel).await {

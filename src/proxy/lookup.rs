@@ -21,8 +21,6 @@ use crate::reapi::GetActionResultRequest;
 use crate::speculation::Engine;
 use crate::speculation::flights::{Ending, ending};
 
-pub const METHOD: &str = "/build.bazel.remote.execution.v2.ActionCache/GetActionResult";
-
 /// How long the engine may take to work out what is about to be executed.
 const MAX_QUESTION: Duration = Duration::from_secs(2);
 

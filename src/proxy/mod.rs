@@ -14,6 +14,7 @@ mod health;
 mod joining;
 mod leading;
 mod lookup;
+mod methods;
 mod parent_answer;
 mod reply;
 mod shared_execution;
@@ -127,33 +128,33 @@ impl Proxy {
         let reply = reply.metered(METERS.calls.begin(call.head.path.path()));
         let this = self.clone();
         match (call.head.path.path(), &self.engine) {
-            (lookup::METHOD, Some(engine)) => {
+            (methods::GET_ACTION_RESULT, Some(engine)) => {
                 task::spawn("lookup", lookup::call(this, engine.clone(), call, reply));
             }
-            (execution::METHOD, Some(engine)) => {
+            (methods::EXECUTE, Some(engine)) => {
                 task::spawn(
                     "execution",
                     execution::call(this, engine.clone(), call, reply),
                 );
             }
-            (waiting::METHOD, Some(engine)) => {
+            (methods::WAIT_EXECUTION, Some(engine)) => {
                 task::spawn("waiting", waiting::call(this, engine.clone(), call, reply));
             }
-            (cancelling::METHOD, Some(engine)) => {
+            (methods::CANCEL_OPERATION, Some(engine)) => {
                 let engine = engine.clone();
                 task::spawn("cancelling", cancelling::call(this, engine, call, reply));
             }
-            (find_missing::METHOD, Some(engine)) => {
+            (methods::FIND_MISSING_BLOBS, Some(engine)) => {
                 let engine = engine.clone();
                 task::spawn(
                     "find missing",
                     find_missing::call(this, engine, call, reply),
                 );
             }
-            (capabilities::METHOD, _) => {
+            (methods::GET_CAPABILITIES, _) => {
                 task::spawn("capabilities", capabilities::call(this, call, reply));
             }
-            (health::CHECK | health::WATCH, _) => {
+            (methods::HEALTH_CHECK | methods::HEALTH_WATCH, _) => {
                 task::spawn("health", health::call(this, call, reply));
             }
             _ => {

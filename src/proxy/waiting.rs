@@ -16,8 +16,6 @@ use crate::reapi::google::longrunning::Operation;
 use crate::speculation::Engine;
 use crate::speculation::flights::{FlightKey, Stage};
 
-pub const METHOD: &str = "/build.bazel.remote.execution.v2.Execution/WaitExecution";
-
 pub async fn call(proxy: Arc<Proxy>, engine: Arc<Engine>, call: Call, mut reply: Reply) {
     let mut call = call;
     let read_name = |request: WaitExecutionRequest| request.name;

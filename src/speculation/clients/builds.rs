@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use tracing::field::Empty;
 
-use super::callers::{BuildKey, Caller};
+use super::caller::{BuildKey, Caller};
 use super::subaction::Subaction;
 use crate::cas::Digest;
 use crate::clock::millis;

@@ -2,6 +2,7 @@
 //! belong to.
 
 pub mod builds;
+pub(super) mod caller;
 pub(super) mod callers;
 pub mod hidden_hits;
 pub mod observation;

@@ -8,7 +8,7 @@ use std::sync::Arc;
 
 use tokio::sync::oneshot;
 
-use super::callers::{BuildKey, Caller};
+use super::caller::{BuildKey, Caller};
 use super::subaction::Subaction;
 use crate::quick_map::QuickMap;
 use crate::speculation::flights::FlightKey;

@@ -7,7 +7,7 @@ use crate::cas::outputs::Outputs;
 use crate::clock::{self, Moment};
 use crate::reapi::ActionResult;
 use crate::speculation::clients::builds::Build;
-use crate::speculation::clients::callers::{BuildKey, Caller};
+use crate::speculation::clients::caller::{BuildKey, Caller};
 use crate::speculation::flights::FlightKey;
 use crate::speculation::nested::OpenParent;
 use crate::speculation::nested::attribution::{Found, FoundParent};

@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use super::State;
 use crate::speculation::clients::builds::Build;
-use crate::speculation::clients::callers::{BuildKey, Caller};
+use crate::speculation::clients::caller::{BuildKey, Caller};
 use crate::speculation::clients::observation::CallOrigin;
 use crate::speculation::flights::FlightKey;
 use crate::speculation::priming::{Group, Message, Priming};

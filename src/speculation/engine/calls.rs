@@ -9,7 +9,7 @@ use crate::clock::Moment;
 use crate::meters::METERS;
 use crate::reapi::ActionResult;
 use crate::speculation::clients::builds::Build;
-use crate::speculation::clients::callers::{BuildKey, Caller};
+use crate::speculation::clients::caller::{BuildKey, Caller};
 use crate::speculation::clients::observation::{Call, CallOrigin, NotExecuted};
 use crate::speculation::clients::subaction::Subaction;
 use crate::speculation::flights::durations::execution_time;

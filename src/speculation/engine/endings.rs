@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use super::State;
-use crate::speculation::clients::callers::BuildKey;
+use crate::speculation::clients::caller::BuildKey;
 use crate::speculation::journal::Journal;
 use crate::speculation::journal::accounting::BuildStatus;
 use crate::speculation::journal::store::Fresh;

@@ -9,7 +9,7 @@ use tokio::sync::oneshot;
 use super::State;
 use super::watching::Watching;
 use crate::speculation::clients::builds::Build;
-use crate::speculation::clients::callers::BuildKey;
+use crate::speculation::clients::caller::BuildKey;
 use crate::speculation::clients::runs::{self, OpenRun, Opened as OpenedRun};
 use crate::speculation::explanation::explain::{ExplainError, Explanations, Question, explain};
 use crate::speculation::explanation::library::{JournalError, Library};

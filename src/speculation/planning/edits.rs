@@ -18,10 +18,9 @@ mod tests;
 use std::collections::HashMap;
 use std::path::PathBuf;
 
-use super::known::{find_directory, find_file};
 use super::tree_edit::{Edit, Entry, OldFile, decoded, stands_for_itself};
 use crate::cas::Digest;
-use crate::cas::directories::Trees;
+use crate::cas::directories::{Trees, find_directory, find_file};
 use crate::speculation::records::parent::{BaseAction, WeakKey};
 
 /// What is remembered; when there is more, it is about a time that is over.

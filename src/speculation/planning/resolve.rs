@@ -19,10 +19,11 @@ use std::collections::{HashMap, HashSet};
 use std::path::{Path, PathBuf};
 
 use super::edits::{Cause, Implied, Learned};
-use super::known::{Known, find_file, find_output};
+use super::known::Known;
 use super::tree_edit::OldFile;
 use crate::cas::Digest;
-use crate::cas::directories::Trees;
+use crate::cas::directories::{Trees, find_file};
+use crate::cas::outputs::find_output;
 use crate::speculation::records::parent::{BaseAction, Origin, Parent, WeakKey};
 
 /// Index of an action in its plan.

@@ -15,12 +15,12 @@ use std::time::Duration;
 use bytes::Bytes;
 
 use super::instantiate::{Adapted, Instantiation, Instantiator, Task, Texts, Unadaptable};
-use super::known::{Known, find_output};
+use super::known::Known;
 use super::resolve::{Node, Resolver};
 use super::subject::{PlannedParent, Share, Subject};
 use super::verdict::{Adaptation, MAX_CHANGES, Outlook, Verdict};
 use crate::cas::Digest;
-use crate::cas::outputs::Outputs;
+use crate::cas::outputs::{Outputs, find_output};
 use crate::speculation::flights::{FlightKey, Urgency};
 use crate::speculation::records::parent::{BaseAction, Parent, WeakKey};
 

@@ -19,7 +19,7 @@ use crate::config::Mode;
 use crate::meters::{self, METERS};
 use crate::quick_map::QuickMap;
 use crate::speculation::activity::Activity;
-use crate::speculation::clients::callers::Caller;
+use crate::speculation::clients::caller::Caller;
 use crate::speculation::clients::subaction::Subaction;
 use crate::speculation::flights::FlightKey;
 use crate::speculation::journal::accounting::{Accounting, Effort, Reasons, Shortfall};

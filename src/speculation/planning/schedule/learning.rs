@@ -3,12 +3,11 @@
 use std::collections::HashSet;
 
 use super::super::edits::{Edits, Lesson};
-use super::super::known::find_file;
 use super::super::resolve::{Current, Node, TreeFile, TreeKind};
 use super::super::tree_edit::{Edit, OldFile};
 use super::{Plan, PlannedAction, output_of};
 use crate::cas::Digest;
-use crate::cas::directories::Trees;
+use crate::cas::directories::{Trees, find_file};
 
 impl Plan {
     /// The recorded forms of an action that a client executes.
