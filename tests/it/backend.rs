@@ -115,7 +115,8 @@ pub struct World {
     pub cancelled: Mutex<Vec<String>>,
     /// Whether clients are told that what they execute is queued.
     pub tells_queued: Mutex<bool>,
-    /// Whether failures are put into the action cache, as buildbox-casd does.
+    /// Whether failures are put into the action cache, and answer whoever executes the same, as with
+    /// buildbox-casd.
     pub keeps_failures: Mutex<bool>,
     /// Operations that are done, by name.
     done: watch::Sender<HashMap<String, Operation>>,
@@ -711,6 +712,24 @@ impl Execution for Service {
             left: false,
         };
         let index = world.begin(run.clone());
+        let cached = world.result(&run.instance, action);
+        if let Some(failure) = cached.filter(|result| result.exit_code != 0) {
+            world.state.lock().runs[index].over = true;
+            let done = Operation {
+                name: format!("operation-{index}"),
+                metadata: None,
+                done: true,
+                result: Some(operation::Result::Response(any(
+                    "ExecuteResponse",
+                    &ExecuteResponse {
+                        result: Some(failure),
+                        cached_result: true,
+                        ..ExecuteResponse::default()
+                    },
+                ))),
+            };
+            return Ok(Response::new(Box::pin(tokio_stream::once(Ok(done)))));
+        }
         let behaviour = world.behaviour.lock().clone();
         if let Outcome::Refused(code) = behaviour(&world, &run) {
             world.state.lock().runs[index].over = true;
@@ -804,20 +823,10 @@ impl Execution for Service {
                     result: Some(world.finish(&run, files)),
                     ..ExecuteResponse::default()
                 }),
-                Outcome::Exit(exit_code) => {
-                    let result = ActionResult {
-                        exit_code,
-                        stderr_raw: "as the test wants it".into(),
-                        ..ActionResult::default()
-                    };
-                    if *world.keeps_failures.lock() {
-                        world.keep(&run, result.clone());
-                    }
-                    Some(ExecuteResponse {
-                        result: Some(result),
-                        ..ExecuteResponse::default()
-                    })
-                }
+                Outcome::Exit(exit_code) => Some(ExecuteResponse {
+                    result: Some(world.fail(&run, exit_code)),
+                    ..ExecuteResponse::default()
+                }),
                 Outcome::Failed(code) => Some(ExecuteResponse {
                     status: Some(status(code)),
                     ..ExecuteResponse::default()
@@ -955,7 +964,19 @@ impl World {
         result
     }
 
-    /// Failures are cached too, as buildbox-casd does.
+    /// A failure. It is put into the action cache, unless failures are not kept.
+    pub fn fail(&self, run: &Run, exit_code: i32) -> ActionResult {
+        let result = ActionResult {
+            exit_code,
+            stderr_raw: "as the test wants it".into(),
+            ..ActionResult::default()
+        };
+        if *self.keeps_failures.lock() {
+            self.keep(run, result.clone());
+        }
+        result
+    }
+
     fn keep(&self, run: &Run, result: ActionResult) {
         let name = (run.instance.clone(), run.action);
         self.state.lock().results.insert(name, result);

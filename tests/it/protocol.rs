@@ -266,6 +266,41 @@ async fn to_a_clients_execution_that_is_told_to_be_queued_others_give_way() {
 }
 
 #[tokio::test]
+async fn what_had_failed_when_it_gave_way_is_hidden_like_any_other_failure() {
+    let stage = Stage::built(&CAP).await;
+    let build = stage.begin_held(UNITS).await;
+    let world = &stage.backend.world;
+    let unforeseen = build.action(Recipe {
+        command: "compile otherwise",
+        inputs: &["src/0.c"],
+        output: "out/otherwise.o",
+        ..Recipe::default()
+    });
+    build.upload(&unforeseen).await;
+    world.hold_clients(true);
+    *world.tells_queued.lock() = true;
+    let mut operations = build.execute(unforeseen.digest, false).await.unwrap();
+    operations.message().await.unwrap().unwrap();
+    let gave_way = || stage.primed.status()["speculation"]["gave_way"].as_u64();
+    stage.until("one gives way", || gave_way() >= Some(1)).await;
+    let stopped = world.cancelled.lock()[0].clone();
+    let index = stopped.strip_prefix("operation-").unwrap();
+    let run = world.runs()[index.parse::<usize>().unwrap()].clone();
+    world.keep_open(run.action);
+    world.fail(&run, 1);
+    world.hold_clients(false);
+    world.hold(false);
+    stage
+        .until("all is executed", || stage.primed.is_idle())
+        .await;
+    let hidden = build.lookup(run.action).await.unwrap_err();
+    assert_eq!(hidden.code(), Code::NotFound);
+    let operations = build.execute(run.action, false).await.unwrap();
+    assert_eq!(last(operations).await.result.unwrap().exit_code, 1);
+    build.end();
+}
+
+#[tokio::test]
 async fn a_lookup_waits_for_what_is_in_flight_and_hits() {
     let stage = Stage::built(&CAP).await;
     let build = stage.begin_held(UNITS).await;

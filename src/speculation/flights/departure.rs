@@ -94,6 +94,13 @@ impl Departure {
         state.gives_way &= !is_impossible;
     }
 
+    /// Whether it has been begun before, and was stopped for a client.
+    pub fn has_given_way(&self) -> bool {
+        let state = self.flights.state.lock();
+        let flight = state.flights.get(&self.key);
+        flight.is_some_and(|flight| flight.gave_way > 0)
+    }
+
     /// Goes back into the queue, as it has been stopped for a client. Returns `false` if nobody wants
     /// it any more: then it is to be ended.
     pub fn give_way(&mut self) -> bool {

@@ -51,6 +51,11 @@ async fn execute(lane: Arc<Lane>, mut departure: Departure, activity: Activity) 
     let (outcome, ending) = match lane.follow(&mut departure).await {
         Ok(Executed { result, cached, .. }) if cached => match result.exit_code {
             0 => (Outcome::Cached(Arc::new(result)), Ending::Cached),
+            // It had failed by the time that it was stopped.
+            code if departure.has_given_way() => {
+                departure.because(format!("it ended with exit code {code}"));
+                (Outcome::Failed, Ending::Failed)
+            }
             // A failure that is cached is the client's to see.
             code => {
                 departure.because(format!("the backend holds a result with exit code {code}"));
