@@ -14,8 +14,9 @@ use std::time::{Duration, Instant};
 
 use primed::cas::Digest;
 use primed::reapi::ActionResult;
+use primed::reapi::google::longrunning::Operation;
 use tempfile::TempDir;
-use tonic::Code;
+use tonic::{Code, Streaming};
 
 use crate::backend::{FakeBackend, LEAST_URGENT, Outcome, Run, World, compile};
 use crate::client::{Action, Build, Recipe, Way, connect, last, response};
@@ -121,6 +122,27 @@ impl Stage {
         })
         .await;
         build
+    }
+
+    /// Begins a build in the same way, in which a client executes what nobody foresaw and is told that
+    /// it is queued, until so many executions have given way to it.
+    async fn begin_giving_way(&self, count: u64) -> (Build, Streaming<Operation>) {
+        let build = self.begin_held(UNITS).await;
+        let unforeseen = build.action(Recipe {
+            command: "compile otherwise",
+            inputs: &["src/0.c"],
+            output: "out/otherwise.o",
+            ..Recipe::default()
+        });
+        build.upload(&unforeseen).await;
+        self.backend.world.hold_clients(true);
+        *self.backend.world.tells_queued.lock() = true;
+        let mut operations = build.execute(unforeseen.digest, false).await.unwrap();
+        operations.message().await.unwrap().unwrap();
+        let gave_way = || self.primed.status()["speculation"]["gave_way"].as_u64();
+        self.until("so many give way", || gave_way() >= Some(count))
+            .await;
+        (build, operations)
     }
 
     async fn until(&self, what: &str, mut holds: impl FnMut() -> bool) {
@@ -232,22 +254,9 @@ async fn a_clients_execution_joins_the_one_in_flight_and_sees_its_stages() {
 #[tokio::test]
 async fn to_a_clients_execution_that_is_told_to_be_queued_others_give_way() {
     let stage = Stage::built(&CAP).await;
-    let build = stage.begin_held(UNITS).await;
-    let world = &stage.backend.world;
-    let unforeseen = build.action(Recipe {
-        command: "compile otherwise",
-        inputs: &["src/0.c"],
-        output: "out/otherwise.o",
-        ..Recipe::default()
-    });
-    build.upload(&unforeseen).await;
-    world.hold_clients(true);
-    *world.tells_queued.lock() = true;
-    let mut operations = build.execute(unforeseen.digest, false).await.unwrap();
-    operations.message().await.unwrap().unwrap();
     // One, and as it is of no avail, another.
-    let gave_way = || stage.primed.status()["speculation"]["gave_way"].as_u64();
-    stage.until("two give way", || gave_way() >= Some(2)).await;
+    let (build, mut operations) = stage.begin_giving_way(2).await;
+    let world = &stage.backend.world;
     assert!(world.cancelled.lock().len() >= 2);
     // Once a worker has it, no more do.
     world.tell_stage(1);
@@ -268,21 +277,8 @@ async fn to_a_clients_execution_that_is_told_to_be_queued_others_give_way() {
 #[tokio::test]
 async fn what_had_failed_when_it_gave_way_is_hidden_like_any_other_failure() {
     let stage = Stage::built(&CAP).await;
-    let build = stage.begin_held(UNITS).await;
+    let (build, _operations) = stage.begin_giving_way(1).await;
     let world = &stage.backend.world;
-    let unforeseen = build.action(Recipe {
-        command: "compile otherwise",
-        inputs: &["src/0.c"],
-        output: "out/otherwise.o",
-        ..Recipe::default()
-    });
-    build.upload(&unforeseen).await;
-    world.hold_clients(true);
-    *world.tells_queued.lock() = true;
-    let mut operations = build.execute(unforeseen.digest, false).await.unwrap();
-    operations.message().await.unwrap().unwrap();
-    let gave_way = || stage.primed.status()["speculation"]["gave_way"].as_u64();
-    stage.until("one gives way", || gave_way() >= Some(1)).await;
     let stopped = world.cancelled.lock()[0].clone();
     let index = stopped.strip_prefix("operation-").unwrap();
     let run = world.runs()[index.parse::<usize>().unwrap()].clone();

@@ -59,6 +59,7 @@ async fn execute(lane: Arc<Lane>, mut departure: Departure, activity: Activity) 
             // A failure that is cached is the client's to see.
             code => {
                 departure.because(format!("the backend holds a result with exit code {code}"));
+                tracing::debug!(%action, exit_code = code, "the backend holds a failure");
                 (Outcome::Abandoned, Ending::Abandoned)
             }
         },
