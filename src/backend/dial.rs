@@ -12,8 +12,7 @@ use tokio::net::TcpStream;
 use tokio_rustls::rustls::pki_types::ServerName;
 
 use super::embedded::Embedded;
-use super::tcp::connect;
-use super::tunnel;
+use super::{tcp, tunnel};
 use crate::address::Address;
 use crate::local_socket::LocalSocket;
 use crate::stream::{Stream, Transport};
@@ -103,12 +102,12 @@ impl Dialer {
             }
             (Address::Tcp { host, port }, _) => match self.tunnel().await? {
                 Some(tunnel) => Transport::Tunnel(Box::new(TokioIo::new(tunnel))),
-                None => Transport::Tcp(connect(host, *port).await?),
+                None => Transport::Tcp(tcp::connect(host, *port).await?),
             },
             (Address::Tls { host, port }, Some((tls, name))) => {
                 let socket = match self.tunnel().await? {
                     Some(tunnel) => untouched(tunnel)?,
-                    None => connect(host, *port).await?,
+                    None => tcp::connect(host, *port).await?,
                 };
                 Transport::Tls(Box::new(tls.connect(name.clone(), socket).await?.into()))
             }

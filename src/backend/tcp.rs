@@ -15,7 +15,7 @@ use tokio::net::TcpStream;
 use crate::address::Bracketed;
 use crate::stream::tune_tcp;
 
-/// How long connecting to the addresses of a host may take; Unix sockets answer at once.
+/// How long connecting to the addresses of a host may take.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 /// How long sent bytes may stay unacknowledged before the connection counts as broken, in
 /// milliseconds.

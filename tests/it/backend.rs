@@ -715,19 +715,12 @@ impl Execution for Service {
         let cached = world.result(&run.instance, action);
         if let Some(failure) = cached.filter(|result| result.exit_code != 0) {
             world.state.lock().runs[index].over = true;
-            let done = Operation {
-                name: format!("operation-{index}"),
-                metadata: None,
-                done: true,
-                result: Some(operation::Result::Response(any(
-                    "ExecuteResponse",
-                    &ExecuteResponse {
-                        result: Some(failure),
-                        cached_result: true,
-                        ..ExecuteResponse::default()
-                    },
-                ))),
+            let response = ExecuteResponse {
+                result: Some(failure),
+                cached_result: true,
+                ..ExecuteResponse::default()
             };
+            let done = done(format!("operation-{index}"), &response);
             return Ok(Response::new(Box::pin(tokio_stream::once(Ok(done)))));
         }
         let behaviour = world.behaviour.lock().clone();
@@ -838,15 +831,7 @@ impl Execution for Service {
                 }
                 Outcome::Cut => None,
             };
-            let done = response.map(|response| Operation {
-                name,
-                metadata: None,
-                done: true,
-                result: Some(operation::Result::Response(any(
-                    "ExecuteResponse",
-                    &response,
-                ))),
-            });
+            let done = response.map(|response| done(name, &response));
             if let Some(done) = &done {
                 world.done.send_modify(|all| {
                     all.insert(done.name.clone(), done.clone());
@@ -988,6 +973,19 @@ fn command(world: &World, instance: &str, action: Digest) -> Option<Command> {
     let action = Action::decode(world.blob(instance, action)?).ok()?;
     let command = function.read(action.command_digest.as_ref()).ok()?;
     Command::decode(world.blob(instance, command)?).ok()
+}
+
+/// The operation `name` at its end.
+fn done(name: String, response: &ExecuteResponse) -> Operation {
+    Operation {
+        name,
+        metadata: None,
+        done: true,
+        result: Some(operation::Result::Response(any(
+            "ExecuteResponse",
+            response,
+        ))),
+    }
 }
 
 fn any(name: &str, message: &impl Message) -> prost_types::Any {

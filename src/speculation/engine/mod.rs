@@ -24,7 +24,7 @@ use super::activity::{Activities, Activity};
 use super::clients::builds::Build;
 use super::clients::caller::{BuildKey, Caller};
 use super::clients::callers::Callers;
-use super::clients::observation::{CallOrigin, Observation};
+use super::clients::observation::{CallOrigin, Observation, TapMemory};
 use super::clients::operations::operations;
 use super::flights::budgets::Budgets;
 use super::flights::{Flights, lane};
@@ -112,15 +112,14 @@ pub fn engine(parts: EngineParts) -> (Arc<Engine>, mpsc::Sender<Request>, Runner
         tracing::warn!(%error, "known files cannot be read; they will be hashed again");
         Vec::new()
     });
-    let place = Place {
-        backend: parts.backend.clone(),
-        cas: cas.clone(),
-    };
-    let sharing = Sharing::new(
-        place,
-        parts.store.clone(),
-        recorder::saves_shared(&recorder),
-    );
+    let sharing = parts.share.then(|| {
+        let place = Place {
+            backend: parts.backend.clone(),
+            cas: cas.clone(),
+        };
+        let save = recorder::saves_shared(&recorder);
+        Arc::new(Sharing::new(place, parts.store.clone(), save))
+    });
     let workshop = Workshop {
         flights: parts.flights.clone(),
         backend: parts.backend.clone(),
@@ -131,7 +130,7 @@ pub fn engine(parts: EngineParts) -> (Arc<Engine>, mpsc::Sender<Request>, Runner
         uses: Arc::new(Uses::of(parts.store.clone())),
         leftovers: Arc::default(),
         budgets: Budgets::new(parts.budgets),
-        sharing: parts.share.then(|| Arc::new(sharing)),
+        sharing,
         activities: Activities::default(),
         unadaptable: Arc::default(),
         journals: parts.journals,
@@ -181,7 +180,7 @@ pub fn engine(parts: EngineParts) -> (Arc<Engine>, mpsc::Sender<Request>, Runner
         hidden_hits: Arc::default(),
         backend: parts.backend,
         dropped: dropped.clone(),
-        memory: Default::default(),
+        memory: TapMemory::default(),
         urgent: Arc::default(),
         latest_process: AtomicI32::new(0),
     });
