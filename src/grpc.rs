@@ -121,14 +121,6 @@ pub fn split_message(body: &mut Bytes) -> Option<Framed> {
     })
 }
 
-/// Chunks of a body in one piece; copied only if there are several.
-pub fn joined(chunks: &[Bytes]) -> Bytes {
-    match chunks {
-        [only] => only.clone(),
-        chunks => chunks.concat().into(),
-    }
-}
-
 /// Length of the prefix of a gRPC message: a flag and a big-endian length.
 pub const FRAME_HEADER: usize = 5;
 

@@ -28,6 +28,7 @@ pub mod stream;
 pub mod tls;
 
 pub mod address;
+pub mod chunks;
 pub mod clock;
 pub mod digest;
 pub mod grpc;

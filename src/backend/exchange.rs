@@ -1,6 +1,5 @@
 //! One call on its way upstream: the request is moved along while the answer is waited for.
 
-use std::collections::VecDeque;
 use std::future::poll_fn;
 use std::pin::Pin;
 use std::task::{Context, Poll, ready};
@@ -8,6 +7,7 @@ use std::task::{Context, Poll, ready};
 use bytes::Bytes;
 use http_body::Frame;
 
+use crate::chunks::Chunks;
 use crate::grpc;
 use crate::http2::body::{Body, BodyError};
 use crate::http2::connection::Calls;
@@ -92,19 +92,19 @@ impl Sending {
 /// The beginning of a request, in case it must be sent again.
 #[derive(Default)]
 struct Kept {
-    chunks: VecDeque<Bytes>,
+    chunks: Chunks,
     /// The size of all chunks but the newest, which is taken when they have been sent.
     sent: usize,
 }
 
 impl Witness for Kept {
     fn data(&mut self, chunk: &Bytes) {
-        let newest = self.chunks.back().map_or(0, Bytes::len);
+        let newest = self.chunks.last().map_or(0, Bytes::len);
         self.sent = self.sent.saturating_add(newest);
         if self.sent <= MAX_KEPT {
-            self.chunks.push_back(chunk.clone());
+            self.chunks.push(chunk.clone());
         } else {
-            self.chunks = VecDeque::new();
+            self.chunks = Chunks::default();
         }
     }
 

@@ -1,7 +1,7 @@
 //! The body of a call in one direction, read chunk by chunk. Chunks pass by reference count;
 //! nothing is copied or decoded.
 
-use std::collections::VecDeque;
+use std::mem;
 use std::pin::Pin;
 use std::task::{Context, Poll, ready};
 
@@ -11,6 +11,7 @@ use http_body_util::BodyExt as _;
 
 use super::fields::Fields;
 use super::stream::Incoming;
+use crate::chunks::Chunks;
 
 /// Why a body ended before its end.
 pub type BodyError = Box<dyn std::error::Error + Send + Sync>;
@@ -21,7 +22,7 @@ type Made = Pin<Box<dyn http_body::Body<Data = Bytes, Error = BodyError> + Send>
 /// A body on its way through primed. It may have been read from already: what was read is kept
 /// and comes first.
 pub struct Body {
-    ahead: VecDeque<Bytes>,
+    ahead: Chunks,
     rest: Rest,
     /// Read ahead of their time.
     trailers: Option<Fields>,
@@ -55,14 +56,14 @@ impl Body {
 
     fn of(rest: Rest) -> Self {
         Body {
-            ahead: VecDeque::new(),
+            ahead: Chunks::default(),
             rest,
             trailers: None,
         }
     }
 
     /// The chunks that were read ahead.
-    pub fn ahead(&self) -> &VecDeque<Bytes> {
+    pub fn ahead(&self) -> &Chunks {
         &self.ahead
     }
 
@@ -72,9 +73,9 @@ impl Body {
     }
 
     /// Puts `chunks` back, before everything else.
-    pub fn put_back(&mut self, mut chunks: VecDeque<Bytes>) {
-        chunks.append(&mut self.ahead);
-        self.ahead = chunks;
+    pub fn put_back(&mut self, chunks: impl Into<Chunks>) {
+        let ahead = mem::replace(&mut self.ahead, chunks.into());
+        self.ahead.append(ahead);
     }
 
     /// Reads one more chunk ahead, or the trailers. Ready with false if there is neither.
@@ -83,7 +84,7 @@ impl Body {
     /// `BodyError`, when the body broke off; whoever reads on sees it too.
     pub fn poll_ahead(&mut self, cx: &mut Context<'_>) -> Poll<Result<bool, BodyError>> {
         if let Some(chunk) = ready!(self.rest.poll_data(cx, &mut self.trailers)) {
-            self.ahead.push_back(chunk?);
+            self.ahead.push(chunk?);
             return Poll::Ready(Ok(true));
         }
         if self.trailers.is_none() {
@@ -94,7 +95,7 @@ impl Body {
 
     /// The next chunk; `None` after the last one.
     pub fn poll_data(&mut self, cx: &mut Context<'_>) -> Poll<Option<Result<Bytes, BodyError>>> {
-        match self.ahead.pop_front() {
+        match self.ahead.pop() {
             Some(chunk) => Poll::Ready(Some(Ok(chunk))),
             None => self.rest.poll_data(cx, &mut self.trailers),
         }

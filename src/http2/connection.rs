@@ -3,17 +3,19 @@
 
 use std::cell::RefCell;
 use std::io;
+use std::mem;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll, ready};
 
-use bytes::{Buf, BufMut, Bytes, BytesMut};
+use bytes::{BufMut, Bytes};
 use parking_lot::Mutex;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio_util::io::poll_read_buf;
 
 use super::fields::Fields;
 use super::frame::{FrameHeader, HEADER, PREFACE, Reason};
+use super::frame_memory::FrameMemory;
 use super::hpack::{Block, Pseudo};
 use super::outbox::Outbox;
 use super::stream::{Incoming, Load, Outgoing, Shared, StreamError};
@@ -70,8 +72,8 @@ enum Reading {
     Preface(usize),
     /// The beginning of a frame.
     Some(Vec<u8>),
-    /// The beginning of a large one.
-    Large(FrameHeader, BytesMut),
+    /// The beginning of a large one, `INDENT` bytes into its memory.
+    Large(FrameHeader, FrameMemory),
     /// A large one has just been read, and nothing more.
     Between,
 }
@@ -84,6 +86,19 @@ pub struct Calls {
 /// Sees and asks whether a peer is alive.
 pub struct Pulse {
     shared: Shared,
+}
+
+/// Ends a connection when its calls have ended.
+pub struct Farewell {
+    shared: Shared,
+}
+
+/// How far a connection has come.
+pub struct Standing {
+    /// Whether the peer has spoken HTTP/2.
+    pub is_greeted: bool,
+    /// Whether either side has said farewell.
+    pub is_leaving: bool,
 }
 
 impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
@@ -113,14 +128,19 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
         }
     }
 
-    /// Whether the peer has spoken HTTP/2.
-    pub fn is_greeted(&self) -> bool {
-        self.shared.lock().is_greeted()
+    /// How far it has come.
+    pub fn standing(&self) -> Standing {
+        let state = self.shared.lock();
+        Standing {
+            is_greeted: state.is_greeted(),
+            is_leaving: state.is_leaving(),
+        }
     }
 
-    /// Takes no new calls; those that are under way are served to their end.
-    pub fn leave(&self) {
-        self.shared.lock().leave();
+    /// For whoever ends it.
+    pub fn farewell(&self) -> Farewell {
+        let shared = self.shared.clone();
+        Farewell { shared }
     }
 
     /// For whoever watches over the connection.
@@ -240,23 +260,25 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
 
     /// Reads once, and takes in what there is. Ready with the number of bytes: 0 at the end.
     fn poll_read(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<usize>> {
-        if let Reading::Large(header, payload) = &mut self.reading {
-            let missing = header.length + BETWEEN - payload.len();
-            let mut rest = (&mut *payload).limit(missing);
+        if let Reading::Large(header, memory) = &mut self.reading {
+            let bytes = memory.bytes();
+            let end = INDENT + header.length;
+            let missing = end + BETWEEN - bytes.len();
+            let mut rest = (&mut *bytes).limit(missing);
             let read = ready!(poll_read_buf(Pin::new(&mut self.io), cx, &mut rest))?;
-            if payload.len() < header.length {
+            if bytes.len() < end {
                 self.shared.lock().heard(read);
                 return Poll::Ready(Ok(read));
             }
-            let (header, mut payload) = (*header, std::mem::take(payload));
-            let next = payload.split_off(header.length);
-            let payload = payload.freeze();
-            take_in(&mut self.shared.lock(), header, &payload, Some(&payload));
+            let (header, bytes) = (*header, Bytes::from_owner(mem::take(memory)));
             self.reading = Reading::Between;
+            let payload = bytes.slice(INDENT..end);
+            take_in(&mut self.shared.lock(), header, &payload, Some(&payload));
+            let next = &bytes[end..];
             if next.is_empty() {
                 self.shared.lock().heard(read);
             } else {
-                self.take_in_all(&next, read);
+                self.take_in_all(next, read);
             }
             return Poll::Ready(Ok(read));
         }
@@ -285,7 +307,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
         let mut state = self.shared.lock();
         state.heard(read);
         let mut held = match &mut self.reading {
-            Reading::Some(held) => std::mem::take(held),
+            Reading::Some(held) => mem::take(held),
             _ => Vec::new(),
         };
         held.clear();
@@ -311,11 +333,10 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
             }
             let Some((payload, others)) = there.split_at_checked(header.length) else {
                 if header.length > LARGE {
-                    let mut payload = BytesMut::with_capacity(INDENT + header.length + BETWEEN);
-                    payload.put_bytes(0, INDENT);
-                    payload.advance(INDENT);
-                    payload.extend_from_slice(there);
-                    self.reading = Reading::Large(header, payload);
+                    let mut memory = FrameMemory::with_room(INDENT + header.length + BETWEEN);
+                    memory.bytes().resize(INDENT, 0);
+                    memory.bytes().extend_from_slice(there);
+                    self.reading = Reading::Large(header, memory);
                     return;
                 }
                 break;
@@ -390,6 +411,13 @@ impl Clone for Calls {
 impl Drop for Calls {
     fn drop(&mut self) {
         self.shared.lock().drop_caller();
+    }
+}
+
+impl Farewell {
+    /// Takes no new calls; those that are under way are served to their end.
+    pub fn say(&self) {
+        self.shared.lock().leave();
     }
 }
 

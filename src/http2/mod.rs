@@ -2,14 +2,15 @@
 //! a proxy need not do. Headers stay lists that are shared and hardly ever looked at, bodies stay
 //! chunks that pass by reference count, and all that is due on a socket leaves in one write.
 //!
-//! `connection` reads and writes frames (`frame`, `outbox`), `streams` knows what they mean (with
-//! `hpack`, `fields`), `stream` is what a call holds. `body` and `pump` move messages from one
+//! `connection` reads and writes frames (`frame`, `frame_memory`, `outbox`), `streams` knows what
+//! they mean (with `hpack`, `fields`), `stream` is what a call holds. `body` and `pump` move messages from one
 //! stream to another.
 
 pub mod body;
 pub mod connection;
 pub mod fields;
 pub mod frame;
+mod frame_memory;
 pub mod hpack;
 mod outbox;
 pub mod pump;

@@ -22,6 +22,7 @@ use super::fields::Fields;
 use super::frame::{self, FIRST_FRAME_SIZE, FIRST_WINDOW, LARGEST_WINDOW, PREFACE, Reason, kind};
 use super::hpack::{Block, Decoder, Encoder, Pseudo};
 use super::{MAX_FRAME_SIZE, SEND_BUFFER, STREAM_WINDOW};
+use crate::chunks::Chunks;
 use crate::quick_map::QuickMap;
 use windows::Distance;
 
@@ -108,7 +109,7 @@ pub struct Stream {
     /// The headers have come, or are not due.
     is_begun: bool,
     head: Option<Arc<Block>>,
-    chunks: VecDeque<Bytes>,
+    chunks: Chunks,
     /// Small chunks behind those.
     gathered: BytesMut,
     trailers: Option<Fields>,
@@ -156,7 +157,7 @@ impl Stream {
             error: None,
             is_begun: false,
             head: None,
-            chunks: VecDeque::new(),
+            chunks: Chunks::default(),
             gathered: BytesMut::new(),
             trailers: None,
             unread: 0,
@@ -186,19 +187,19 @@ impl Stream {
         self.unread += data.len();
         if data.len() < SMALL_CHUNK && !(self.chunks.is_empty() && self.gathered.is_empty()) {
             if self.gathered.len() + data.len() > GATHERED {
-                self.chunks.push_back(self.gathered.split().freeze());
+                self.chunks.push(self.gathered.split().freeze());
             }
             self.gathered.extend_from_slice(&data);
             return;
         }
         if !self.gathered.is_empty() {
-            self.chunks.push_back(self.gathered.split().freeze());
+            self.chunks.push(self.gathered.split().freeze());
         }
-        self.chunks.push_back(data);
+        self.chunks.push(data);
     }
 
     fn pop(&mut self) -> Option<Bytes> {
-        let chunk = match self.chunks.pop_front() {
+        let chunk = match self.chunks.pop() {
             Some(chunk) => chunk,
             None if self.gathered.is_empty() => return None,
             None => std::mem::take(&mut self.gathered).freeze(),
@@ -404,6 +405,11 @@ impl State {
     /// Whether the peer has spoken HTTP/2.
     pub fn is_greeted(&self) -> bool {
         self.is_greeted
+    }
+
+    /// Whether either side has said farewell.
+    pub fn is_leaving(&self) -> bool {
+        matches!(self.phase, Phase::Leaving | Phase::Left)
     }
 
     /// Whether the peer must read before more of it is read.

@@ -951,7 +951,7 @@ async fn a_server_that_leaves_serves_what_is_under_way_and_takes_no_more() {
         }
     })
     .await;
-    connection.leave();
+    connection.farewell().say();
     let carried = poll_fn(|cx| connection.poll(cx, |_| later += 1));
     let talked = async {
         let farewell = peer.next(kind::GOAWAY).await;

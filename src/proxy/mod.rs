@@ -22,7 +22,6 @@ mod subactions;
 mod tap;
 mod waiting;
 
-use std::collections::VecDeque;
 use std::future::poll_fn;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -38,7 +37,7 @@ use crate::backend::exchange::Answer;
 use crate::backend::remote::REQUEST_METADATA_KEY;
 use crate::backend::upstream::{Head, Upstream, UpstreamError};
 use crate::cas::DigestFunction;
-use crate::grpc::{self, Framed, joined, split_message};
+use crate::grpc::{self, Framed, split_message};
 use crate::http2::body::Body;
 use crate::http2::connection::Request;
 use crate::meters::METERS;
@@ -234,10 +233,7 @@ impl Call {
 
     /// What has been read of the request, in one piece.
     fn read(&self) -> Bytes {
-        match self.body.ahead().as_slices() {
-            (chunks, []) => joined(chunks),
-            (first, second) => [first, second].concat().concat().into(),
-        }
+        self.body.ahead().joined()
     }
 
     /// The same call once more, if its request is one message that has been read whole. Ask before
@@ -276,7 +272,7 @@ impl Call {
         call.head.headers.remove(&http::header::CONTENT_LENGTH);
         grpc::forget_timeout(&mut call.head.headers);
         let framed = grpc::framed(&request.encode_to_vec());
-        call.body.put_back(VecDeque::from([framed]));
+        call.body.put_back(framed);
         call
     }
 

@@ -2,11 +2,13 @@
 //! its last call, or when the client is gone.
 
 use std::future::poll_fn;
+use std::pin::pin;
 use std::sync::Arc;
 use std::task::Poll;
 use std::time::Duration;
 
 use tokio::io::{AsyncRead, AsyncWrite};
+use tokio::time::Instant;
 
 use crate::http2::HANDSHAKE_TIMEOUT;
 use crate::http2::connection::Connection;
@@ -17,56 +19,45 @@ use crate::workspace::peer::Peer;
 /// How long a connection without any call may last after a request to stop.
 const SILENT_GRACE: Duration = Duration::from_secs(1);
 
-/// Serves one connection to its end. When `stopped` is ready it takes no new calls.
+/// Serves one connection to its end.
 ///
 /// # Errors
 /// Why HTTP/2 came to an end before its time; a client that just goes is no error.
 pub async fn serve<S>(
-    stream: S,
+    mut connection: Connection<S>,
     peer: Arc<Peer>,
     proxy: Arc<Proxy>,
-    max_streams: u32,
-    stopped: impl Future<Output = ()>,
 ) -> Result<(), String>
 where
     S: AsyncRead + AsyncWrite + Unpin,
 {
     let client = Client::new(peer);
-    let mut connection = Connection::server(stream, max_streams);
-    let late = tokio::time::sleep(HANDSHAKE_TIMEOUT);
-    tokio::pin!(late);
-    // No clock is set for what has arrived already.
-    let mut carried =
-        poll_fn(
-            |cx| match connection.poll(cx, |request| proxy.serve(&client, request)) {
-                Poll::Pending if !connection.is_greeted() && late.as_mut().poll(cx).is_ready() => {
-                    Poll::Ready(Err("the client did not open HTTP/2 in time".to_owned()))
+    let mut late = pin!(tokio::time::sleep(HANDSHAKE_TIMEOUT));
+    let mut was_leaving = false;
+    let carried = poll_fn(|cx| {
+        match connection.poll(cx, |request| proxy.serve(&client, request)) {
+            Poll::Pending => {}
+            Poll::Ready(Ok(()) | Err(StreamError::Broken(_))) => return Poll::Ready(Ok(())),
+            Poll::Ready(Err(error)) => return Poll::Ready(Err(error.to_string())),
+        }
+        // No clock is set for what has arrived already.
+        let standing = connection.standing();
+        match (standing.is_greeted, standing.is_leaving) {
+            (true, false) => Poll::Pending,
+            (false, true) => Poll::Ready(Ok(())),
+            (false, false) => {
+                let too_late = || Err("the client did not open HTTP/2 in time".to_owned());
+                late.as_mut().poll(cx).map(|()| too_late())
+            }
+            (true, true) if client.has_called() => Poll::Pending,
+            (true, true) => {
+                // A client that never had anything to say may never answer the GOAWAY either.
+                if !std::mem::replace(&mut was_leaving, true) {
+                    late.as_mut().reset(Instant::now() + SILENT_GRACE);
                 }
-                Poll::Pending => Poll::Pending,
-                Poll::Ready(Ok(()) | Err(StreamError::Broken(_))) => Poll::Ready(Ok(())),
-                Poll::Ready(Err(error)) => Poll::Ready(Err(error.to_string())),
-            },
-        );
-    tokio::select! {
-        biased;
-        ended = &mut carried => return ended,
-        () = stopped => {}
-    }
-    drop(carried);
-    if !connection.is_greeted() {
-        return Ok(());
-    }
-    connection.leave();
-    let mut carried = poll_fn(|cx| connection.poll(cx, |request| proxy.serve(&client, request)));
-    // A client that never had anything to say may never answer the GOAWAY either.
-    let soon = tokio::time::timeout(SILENT_GRACE, &mut carried).await;
-    let ended = match soon {
-        Ok(ended) => ended,
-        Err(_) if client.has_called() => carried.await,
-        Err(_) => return Ok(()),
-    };
-    match ended {
-        Ok(()) | Err(StreamError::Broken(_)) => Ok(()),
-        Err(error) => Err(error.to_string()),
-    }
+                late.as_mut().poll(cx).map(Ok)
+            }
+        }
+    });
+    carried.await
 }

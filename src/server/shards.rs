@@ -8,12 +8,15 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
+use parking_lot::Mutex;
+use slab::Slab;
 use tokio::sync::{mpsc, watch};
 use tokio_util::task::TaskTracker;
 
 use super::connection;
 use super::listen::Accepted;
 use super::watchdog::{Pulse, Watchdog};
+use crate::http2::connection::{Connection, Farewell};
 use crate::meters::METERS;
 use crate::proxy::Proxy;
 use crate::speculation::clients::observation::Observation;
@@ -66,6 +69,7 @@ impl Shards {
                     max_streams,
                     open: open.clone(),
                     shutdown: shutdown.subscribe(),
+                    carried: Arc::default(),
                     grace,
                 };
                 let pulse = watchdog.pulse(format!("proxy-{index}"));
@@ -134,25 +138,26 @@ struct Worker {
     max_streams: u32,
     open: Arc<AtomicUsize>,
     shutdown: watch::Receiver<bool>,
+    carried: Arc<Carried>,
     grace: Duration,
 }
 
 impl Worker {
-    async fn run(self, mut accepted: mpsc::Receiver<Accepted>, pulse: Pulse) {
+    async fn run(mut self, mut accepted: mpsc::Receiver<Accepted>, pulse: Pulse) {
         task::spawn("pulse", pulse.beat());
         let serving = TaskTracker::new();
-        let mut shutdown = self.shutdown.clone();
         loop {
             let accepted = tokio::select! {
                 next = accepted.recv() => match next {
                     Some(next) => next,
                     None => break,
                 },
-                () = stopped(&mut shutdown) => break,
+                _ = self.shutdown.wait_for(|stop| *stop) => break,
             };
             let connection = self.connection(accepted);
             task::spawn("connection", serving.track_future(connection));
         }
+        self.carried.end();
         serving.close();
         if tokio::time::timeout(self.grace, serving.wait())
             .await
@@ -168,7 +173,7 @@ impl Worker {
     fn connection(&self, accepted: Accepted) -> impl Future<Output = ()> + use<> {
         let proxy = self.proxy.clone();
         let max_streams = self.max_streams;
-        let mut shutdown = self.shutdown.clone();
+        let carried = self.carried.clone();
         let open = self.open.clone();
         async move {
             let _present = METERS.clients.enter();
@@ -176,8 +181,9 @@ impl Worker {
             let engine = proxy.engine.clone();
             let ended = match accepted.into_stream().await {
                 Ok(stream) => {
-                    let stopped = stopped(&mut shutdown);
-                    connection::serve(stream, peer.clone(), proxy, max_streams, stopped).await
+                    let connection = Connection::server(stream, max_streams);
+                    let _carried = carried.enter(connection.farewell());
+                    connection::serve(connection, peer.clone(), proxy).await
                 }
                 Err(error) => Err(error.to_string()),
             };
@@ -192,7 +198,47 @@ impl Worker {
     }
 }
 
-/// Waits until the shards are told to stop, or nobody is left to tell them.
-async fn stopped(shutdown: &mut watch::Receiver<bool>) {
-    let _ = shutdown.wait_for(|stop| *stop).await;
+/// The connections of a shard. It tells them when it ends, so that none need ask whenever it is woken.
+#[derive(Default)]
+struct Carried(Mutex<Farewells>);
+
+#[derive(Default)]
+struct Farewells {
+    due: Slab<Farewell>,
+    /// Whether they have been said.
+    are_said: bool,
+}
+
+/// A connection that is carried until this is dropped.
+struct Entered {
+    carried: Arc<Carried>,
+    key: usize,
+}
+
+impl Carried {
+    /// A connection begins; it ends soon if the others have been told to.
+    fn enter(self: Arc<Self>, farewell: Farewell) -> Entered {
+        let mut farewells = self.0.lock();
+        if farewells.are_said {
+            farewell.say();
+        }
+        let key = farewells.due.insert(farewell);
+        drop(farewells);
+        Entered { carried: self, key }
+    }
+
+    /// Has all of them end, as soon as their calls have ended.
+    fn end(&self) {
+        let mut farewells = self.0.lock();
+        farewells.are_said = true;
+        for (_, farewell) in &farewells.due {
+            farewell.say();
+        }
+    }
+}
+
+impl Drop for Entered {
+    fn drop(&mut self) {
+        self.carried.0.lock().due.remove(self.key);
+    }
 }

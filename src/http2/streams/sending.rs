@@ -1,10 +1,9 @@
 //! What streams send: it waits in two lanes until it is its turn, and is encoded only then.
 
-use std::collections::VecDeque;
-
 use bytes::BytesMut;
 
 use super::{Frame, QUEUED, REMEMBERED_RESETS, SMALL, State, StreamError};
+use crate::chunks::Chunks;
 use crate::http2::SEND_BUFFER;
 use crate::http2::fields::Fields;
 use crate::http2::frame::{self, Reason, kind};
@@ -191,7 +190,7 @@ impl State {
     /// Drops what has not been read of a stream.
     pub(super) fn discard(&mut self, key: usize) {
         let stream = &mut self.streams[key];
-        stream.chunks = VecDeque::new();
+        stream.chunks = Chunks::default();
         stream.gathered = BytesMut::new();
         let unread = std::mem::take(&mut stream.unread);
         self.credit(key, unread);

@@ -9,7 +9,8 @@ use prost::Message;
 use tokio::sync::oneshot;
 
 use crate::backend::remote::decode_request_metadata;
-use crate::grpc::{FRAME_HEADER, Framed, joined, split_message};
+use crate::chunks::Chunks;
+use crate::grpc::{FRAME_HEADER, Framed, split_message};
 use crate::reapi::google::longrunning::{Operation, operation};
 use crate::reapi::{ActionResult, ExecuteResponse, RequestMetadata};
 use crate::speculation::flights::FlightKey;
@@ -112,7 +113,7 @@ pub struct Answer {
     /// gRPC status code; `None` if the call was cut off before it had one.
     pub status: Option<u32>,
     /// Length-prefixed messages, split anywhere.
-    body: Vec<Bytes>,
+    body: Chunks,
     /// The share of the taps' memory that the body takes.
     room: Option<TapMemory>,
 }
@@ -131,7 +132,7 @@ impl Answer {
     pub fn of_message(framed: Bytes) -> Self {
         Answer {
             status: Some(0),
-            body: vec![framed],
+            body: framed.into(),
             room: None,
         }
     }
@@ -201,7 +202,7 @@ impl Answer {
 
     /// The first message, if it is there, decoded if it can be.
     pub fn first_message<M: Message + Default>(&self) -> Option<Option<M>> {
-        match split_message(&mut joined(&self.body))? {
+        match split_message(&mut self.body.joined())? {
             Framed::Plain(message) => Some(M::decode(message).ok()),
             Framed::Compressed => Some(None),
         }
@@ -209,7 +210,7 @@ impl Answer {
 
     /// The last message, decoded. `None` if there is none, or if it is compressed or malformed.
     pub fn last_message<M: Message + Default>(&self) -> Option<M> {
-        let mut body = joined(&self.body);
+        let mut body = self.body.joined();
         let mut last = None;
         while body.len() >= FRAME_HEADER {
             last = Some(split_message(&mut body)?);
@@ -243,7 +244,9 @@ mod tests {
         for split in 0..whole.len() {
             let answer = Answer {
                 status: Some(0),
-                body: vec![whole.slice(..split), whole.slice(split..)],
+                body: [whole.slice(..split), whole.slice(split..)]
+                    .into_iter()
+                    .collect(),
                 room: None,
             };
             let last: ActionResult = answer.last_message().unwrap();
