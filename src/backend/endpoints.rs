@@ -19,7 +19,7 @@ pub enum Endpoint {
 
 impl Endpoint {
     /// The endpoint that serves the method at `path` (`/SERVICE/METHOD`).
-    pub fn of_path(path: &str) -> Self {
+    fn of_path(path: &str) -> Self {
         let service = path
             .strip_prefix('/')
             .and_then(|path| path.split_once('/'))
@@ -72,6 +72,14 @@ impl Endpoints {
     /// Where the address of `endpoint` stands in `addresses`.
     pub fn index(&self, endpoint: Endpoint) -> usize {
         self.places[endpoint as usize]
+    }
+
+    /// Where the address of what serves the method at `path` stands in `addresses`.
+    pub fn index_of(&self, path: &str) -> usize {
+        match self.addresses.len() {
+            1 => 0,
+            _ => self.index(Endpoint::of_path(path)),
+        }
     }
 }
 

@@ -203,10 +203,7 @@ impl Upstream {
         body: Body,
     ) -> Result<Box<Answer>, UpstreamError> {
         let (mut head, mut body) = (head, body);
-        let index = self
-            .routes
-            .endpoints
-            .index(Endpoint::of_path(head.path.path()));
+        let index = self.routes.endpoints.index_of(head.path.path());
         let destination = &self.routes.destinations[index];
         let own = match destination.credentials.ready() {
             Some(own) => own,
