@@ -157,6 +157,8 @@ mod tests {
         assert_eq!(endpoints.index(Endpoint::ActionCache), 0);
         assert_eq!(endpoints.address(Endpoint::Cas), &address("unix:/b"));
         assert_eq!(endpoints.address(Endpoint::Rest), &address("unix:/a"));
+        assert_eq!(endpoints.index_of("/google.bytestream.ByteStream/Read"), 1);
+        assert_eq!(endpoints.index_of("/a.Service/Method"), 0);
     }
 
     #[test]

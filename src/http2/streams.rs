@@ -317,6 +317,8 @@ pub struct State {
     first_window_in: u32,
     widest: u32,
     distance: Distance,
+    /// When the peer was asked how far it is, if it has not answered.
+    asked_how_far: Option<Instant>,
 
     encoder: Encoder,
     window_out: i64,
@@ -378,6 +380,7 @@ impl State {
             first_window_in: STREAM_WINDOW,
             widest: STREAM_WINDOW,
             distance: Distance::Asked(Instant::now()),
+            asked_how_far: None,
             encoder: Encoder::default(),
             window_out: i64::from(FIRST_WINDOW),
             first_window_out: i64::from(FIRST_WINDOW),

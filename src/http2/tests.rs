@@ -665,6 +665,59 @@ async fn the_window_of_a_stream_from_far_away_grows_as_long_as_its_reader_is_qui
     }
 }
 
+/// What a client may send in all, on one stream that is read at once, when it sends 16 MiB. It
+/// acknowledges SETTINGS after 20 ms, and answers each PING after so long.
+async fn window_of_a_client(time_for_a_ping: Duration) -> usize {
+    let (mut peer, mut calls) = Peer::of_server().await;
+    tokio::time::advance(Duration::from_millis(20)).await;
+    peer.send(kind::SETTINGS, flag::ACK, 0, &[]).await;
+    peer.send(kind::HEADERS, flag::END_HEADERS, 1, REQUEST)
+        .await;
+    let mut call = calls.recv().await.unwrap();
+    let piece = vec![7; 64 * 1024];
+    let mut window = super::STREAM_WINDOW as usize;
+    let mut first_window = window;
+    for _ in 0..16 * MIB / piece.len() {
+        peer.send(kind::DATA, 0, 1, &piece).await;
+        window -= piece.len();
+        poll_fn(|cx| call.body.poll_data(cx))
+            .await
+            .unwrap()
+            .unwrap();
+        peer.send(kind::PING, 0, 0, b"12345678").await;
+        loop {
+            let seen = peer.read().await.unwrap();
+            match (seen.header.kind, seen.header.stream, seen.header.flags) {
+                (kind::PING, _, flag::ACK) => break,
+                (kind::PING, ..) => {
+                    tokio::time::advance(time_for_a_ping).await;
+                    peer.send(kind::PING, flag::ACK, 0, &seen.payload).await;
+                }
+                (kind::WINDOW_UPDATE, 1, _) => {
+                    let more: [u8; 4] = seen.payload.try_into().unwrap();
+                    window += u32::from_be_bytes(more) as usize;
+                }
+                (kind::SETTINGS, _, 0) => {
+                    let new = frame::Settings::read(&seen.payload).unwrap();
+                    let new = new.initial_window_size.unwrap_or(first_window as u32) as usize;
+                    window += new - first_window;
+                    first_window = new;
+                }
+                _ => {}
+            }
+        }
+    }
+    window
+}
+
+#[tokio::test(start_paused = true)]
+async fn the_windows_of_a_client_grow_if_it_is_far_and_not_if_it_was_only_busy() {
+    let far = window_of_a_client(Duration::from_millis(10)).await;
+    assert!(far > 4 * MIB, "{far}");
+    let busy = window_of_a_client(Duration::from_micros(900)).await;
+    assert!(busy <= MIB, "{busy}");
+}
+
 #[tokio::test(start_paused = true)]
 async fn a_far_peer_may_send_little_on_a_new_stream_until_it_is_read() {
     let round_trip = Duration::from_millis(20);

@@ -7,6 +7,7 @@
     reason = "a test that cannot set the stage fails"
 )]
 
+use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
 
 use prost::Message;
@@ -15,6 +16,7 @@ use rustix::process::Signal;
 use primed::reapi::google::bytestream::ReadRequest;
 use primed::reapi::{ExecuteRequest, GetActionResultRequest};
 
+use crate::frames;
 use crate::grpcio::{AnyServer, Ended, Grpcio, Session, hex, target};
 use crate::support::{Casd, Primed, connects, scratch, wait_until};
 
@@ -202,6 +204,7 @@ fn calls_in_progress_end_in_order_when_primed_is_told_to_stop() {
     let mut idle = Session::start(Grpcio::Old, &primed.address());
     assert_eq!(idle.call("/some.Service/Echo", b"").code, "OK");
     let silent = UnixStream::connect(primed.socket()).unwrap();
+    let greeted = greet(UnixStream::connect(primed.socket()).unwrap());
     let mut session = Session::start(Grpcio::New, &primed.address());
     session.hold("/some.Service/Greet");
     assert_eq!(session.message(), hex(b"welcome"));
@@ -228,5 +231,21 @@ fn calls_in_progress_end_in_order_when_primed_is_told_to_stop() {
         "idle clients were waited for: {log}"
     );
     assert!(!scratch.path().join("admin.sock").exists());
-    drop(silent);
+    drop((silent, greeted));
+}
+
+/// Opens HTTP/2, and says nothing more.
+fn greet(mut client: UnixStream) -> UnixStream {
+    const SETTINGS: [u8; 9] = [0, 0, 0, frames::SETTINGS, 0, 0, 0, 0, 0];
+    client.write_all(frames::PREFACE).unwrap();
+    client.write_all(&SETTINGS).unwrap();
+    loop {
+        let mut header = [0; 9];
+        client.read_exact(&mut header).unwrap();
+        if header[3..5] == [frames::SETTINGS, frames::ACK] {
+            return client;
+        }
+        let length = u32::from_be_bytes([0, header[0], header[1], header[2]]);
+        client.read_exact(&mut vec![0; length as usize]).unwrap();
+    }
 }

@@ -7,6 +7,7 @@ use bytes::Bytes;
 use http::header::CONTENT_LENGTH;
 use http::{Method, StatusCode};
 
+use super::windows::HOW_FAR;
 use super::{
     BLOCK_FACTOR, CONTINUATIONS, Call, FAREWELL, Frame, LINGERING, Phase, Role, State, Stream,
     StreamError, Unfinished,
@@ -356,6 +357,8 @@ impl State {
         }
         if !header.has(flag::ACK) {
             frame::put(&mut self.control, kind::PING, flag::ACK, 0, payload);
+        } else if payload == HOW_FAR {
+            self.told_how_far();
         } else if payload == FAREWELL && matches!(self.phase, Phase::Leaving) {
             self.phase = Phase::Left;
             self.go_away(self.newest, Reason::NO_ERROR);
