@@ -67,6 +67,10 @@ pub struct Engine {
     latest_process: AtomicI32,
 }
 
+/// When so many observations wait, the engine's rest is over: were there more, their memory would not
+/// be used again while it is in a cache.
+const MANY: usize = 32;
+
 impl Engine {
     /// What is in flight.
     pub fn flights(&self) -> &Arc<Flights> {
@@ -92,9 +96,14 @@ impl Engine {
         let urgent = is_urgent(&observation);
         if self.observations.try_send(observation).is_err() {
             self.count_dropped();
-        } else if urgent {
+        } else if urgent || self.waiting().is_multiple_of(MANY) {
             self.urgent.notify_one();
         }
+    }
+
+    /// How many observations the engine has not taken in yet.
+    fn waiting(&self) -> usize {
+        self.observations.max_capacity() - self.observations.capacity()
     }
 
     /// Sets memory aside for a chunk of an answer, in whole KiB: a small one takes more than its

@@ -57,9 +57,9 @@ use crate::workspace::index::FileIndex;
 const OBSERVATIONS: usize = 16 * 1024;
 /// How many are taken in at once.
 const BATCH: usize = 1024;
-/// How long the engine rests after it has taken in what there was: to wake it for each call would
-/// cost the call itself some microseconds.
-const REST: Duration = Duration::from_millis(1);
+/// How long the engine rests, at most, after it has taken in what there was. To wake it takes as long as
+/// some ten calls do when it has them at once, most of all where others use the processor's cache meanwhile.
+const REST: Duration = Duration::from_millis(5);
 /// Messages between the engine and its tasks that may wait.
 const NOTES: usize = 1024;
 
