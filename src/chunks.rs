@@ -43,9 +43,7 @@ impl Chunks {
     /// Adds others behind these.
     pub fn append(&mut self, others: Chunks) {
         let Chunks { first, rest } = others;
-        for chunk in first.into_iter().chain(rest) {
-            self.push(chunk);
-        }
+        self.extend(first.into_iter().chain(rest));
     }
 
     /// All in one piece; copied only if there are several.
@@ -69,12 +67,18 @@ impl From<Bytes> for Chunks {
     }
 }
 
+impl Extend<Bytes> for Chunks {
+    fn extend<I: IntoIterator<Item = Bytes>>(&mut self, chunks: I) {
+        for chunk in chunks {
+            self.push(chunk);
+        }
+    }
+}
+
 impl FromIterator<Bytes> for Chunks {
     fn from_iter<I: IntoIterator<Item = Bytes>>(chunks: I) -> Self {
         let mut all = Chunks::default();
-        for chunk in chunks {
-            all.push(chunk);
-        }
+        all.extend(chunks);
         all
     }
 }

@@ -96,14 +96,15 @@ impl Engine {
         let urgent = is_urgent(&observation);
         if self.observations.try_send(observation).is_err() {
             self.count_dropped();
-        } else if urgent || self.waiting().is_multiple_of(MANY) {
+        } else if urgent || self.are_many_waiting() {
             self.urgent.notify_one();
         }
     }
 
-    /// How many observations the engine has not taken in yet.
-    fn waiting(&self) -> usize {
-        self.observations.max_capacity() - self.observations.capacity()
+    /// Whether so many observations wait. With none, the engine has just taken this one in.
+    fn are_many_waiting(&self) -> bool {
+        let waiting = self.observations.max_capacity() - self.observations.capacity();
+        waiting > 0 && waiting.is_multiple_of(MANY)
     }
 
     /// Sets memory aside for a chunk of an answer, in whole KiB: a small one takes more than its

@@ -62,10 +62,8 @@ impl State {
 
     /// An answer has begun.
     pub(super) fn answered(&mut self, key: usize) {
-        if let Some(asked) = self.streams[key].asked
-            && let Distance::Known(round_trip) = &mut self.distance
-        {
-            *round_trip = asked.elapsed().min(*round_trip);
+        if let Some(asked) = self.streams[key].asked {
+            self.heard_since(asked);
         }
     }
 
@@ -85,9 +83,14 @@ impl State {
 
     /// It has answered that.
     pub(super) fn told_how_far(&mut self) {
-        if let (Some(asked), Distance::Known(round_trip)) =
-            (self.asked_how_far.take(), &mut self.distance)
-        {
+        if let Some(asked) = self.asked_how_far.take() {
+            self.heard_since(asked);
+        }
+    }
+
+    /// The peer answers what it was asked then: it is no farther than that.
+    fn heard_since(&mut self, asked: Instant) {
+        if let Distance::Known(round_trip) = &mut self.distance {
             *round_trip = asked.elapsed().min(*round_trip);
         }
     }
