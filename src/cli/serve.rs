@@ -11,14 +11,14 @@ use tokio::signal::unix::{SignalKind, signal};
 
 use super::settings::{self, Stopped};
 use super::upstream_arguments::UpstreamArguments;
-use super::{Cli, Command, Failure, block_on, exit_codes};
+use super::{Cli, Command, Failure, exit_codes};
 use crate::address::{Address, ListenAddress};
 use crate::config::embedded::{ByteSize, EmbeddedConfig, SandboxMode};
 use crate::config::{
     BudgetLimits, Compat, Config, ConfigError, Environment, Mode, Patience, default_jobs,
     default_max_speculative, default_threads,
 };
-use crate::server;
+use crate::server::{self, preemption};
 use crate::tls::client::ClientTlsFiles;
 use crate::tls::server::ServerTlsFiles;
 use crate::tls::{Identity, PemFile};
@@ -450,8 +450,9 @@ pub(super) fn run(arguments: Arguments) -> Result<(), Failure> {
     // Who started it may have blocked some, as `primed run` does.
     let unblocked = SigSet::all().thread_unblock();
     unblocked.map_err(|error| Failure::new(exit_codes::FAILURE, error))?;
-    block_on(async {
-        let failed = |error| Failure::new(exit_codes::FAILURE, error);
+    let failed = |error| Failure::new(exit_codes::FAILURE, error);
+    let runtime = preemption::runtime().map_err(failed)?;
+    runtime.block_on(async {
         let mut terminate = signal(SignalKind::terminate()).map_err(failed)?;
         let mut interrupt = signal(SignalKind::interrupt()).map_err(failed)?;
         let shutdown = async {

@@ -104,6 +104,11 @@ impl Calls {
         }
     }
 
+    /// How many have begun.
+    pub fn begun(&self) -> u64 {
+        self.0.iter().map(|of_method| of_method.begun.get()).sum()
+    }
+
     /// Of every method of which there was a call.
     pub fn get(&self) -> Vec<Counted> {
         let counted = METHODS.iter().zip(&self.0).map(|(names, calls)| {

@@ -8,6 +8,7 @@ pub mod listen;
 mod metrics;
 mod pages;
 pub mod passed;
+pub mod preemption;
 pub mod runs;
 mod shards;
 mod watchdog;

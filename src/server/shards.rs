@@ -15,6 +15,7 @@ use tokio_util::task::TaskTracker;
 
 use super::connection;
 use super::listen::Accepted;
+use super::preemption;
 use super::watchdog::{Pulse, Watchdog};
 use crate::http2::connection::{Connection, Farewell};
 use crate::meters::METERS;
@@ -76,9 +77,7 @@ impl Shards {
                 let runs = match index {
                     0 => Runs::Here(task::spawn("proxy-0", worker.run(accepted, pulse))),
                     _ => {
-                        let runtime = tokio::runtime::Builder::new_current_thread()
-                            .enable_all()
-                            .build()?;
+                        let runtime = preemption::runtime()?;
                         let thread = std::thread::Builder::new()
                             .name(format!("proxy-{index}"))
                             .spawn(move || runtime.block_on(worker.run(accepted, pulse)))?;

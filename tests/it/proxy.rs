@@ -7,6 +7,7 @@
     reason = "a test that cannot set the stage fails"
 )]
 
+use std::collections::BTreeSet;
 use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
 
@@ -60,6 +61,44 @@ fn as_many_threads_as_it_is_told_to_use_carry_calls() {
         let proxies = names.filter(|name| name.as_ref().unwrap().starts_with("proxy-"));
         assert_eq!(proxies.count() + 1, threads, "one is the main thread");
     }
+}
+
+#[test]
+fn threads_that_are_busy_with_calls_wait_for_their_turn() {
+    let scratch = scratch();
+    let server = AnyServer::start(scratch.path(), Grpcio::New);
+    let arguments = ["--threads", "2"];
+    let primed = Primed::start_with(scratch.path(), server.address(), &arguments);
+    let mut clients = [(); 2].map(|()| Session::start(Grpcio::New, &primed.address()));
+    let mut in_turn = BTreeSet::new();
+    wait_until(
+        "both threads wait for their turn (are tests run with niceness 0?)",
+        || {
+            for turn in 0..100 {
+                let ended = clients[turn % 2].call("/some.Service/Echo", b"hello");
+                assert_eq!(ended.code, "OK", "{ended:?}");
+                in_turn.extend(threads_in_turn(primed.daemon.pid()));
+            }
+            in_turn.len() == 2
+        },
+    );
+    assert!(in_turn.contains("proxy-1"), "{in_turn:?}");
+}
+
+/// The names of a process' threads that are `SCHED_BATCH`.
+fn threads_in_turn(pid: u32) -> Vec<String> {
+    const BATCH: &str = "3";
+    let tasks = std::fs::read_dir(format!("/proc/{pid}/task")).unwrap();
+    let stats =
+        tasks.filter_map(|task| std::fs::read_to_string(task.ok()?.path().join("stat")).ok());
+    let in_turn = stats.filter_map(|stat| {
+        let (name, fields) = stat.rsplit_once(')')?;
+        // The policy is the 41st field, the name the second.
+        let policy = fields.split_ascii_whitespace().nth(38)?;
+        let (_, name) = name.split_once('(')?;
+        (policy == BATCH).then(|| name.to_owned())
+    });
+    in_turn.collect()
 }
 
 /// A casd with primed before it, and a client of each. Returns what primed logged.
