@@ -451,7 +451,7 @@ pub(super) fn run(arguments: Arguments) -> Result<(), Failure> {
     let unblocked = SigSet::all().thread_unblock();
     unblocked.map_err(|error| Failure::new(exit_codes::FAILURE, error))?;
     let failed = |error| Failure::new(exit_codes::FAILURE, error);
-    let runtime = preemption::runtime().map_err(failed)?;
+    let runtime = preemption::runtime().build().map_err(failed)?;
     runtime.block_on(async {
         let mut terminate = signal(SignalKind::terminate()).map_err(failed)?;
         let mut interrupt = signal(SignalKind::interrupt()).map_err(failed)?;

@@ -3,11 +3,20 @@
 //! to the same place, and every copy would wait for main memory.
 
 use std::cell::RefCell;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 /// How many pieces of memory a thread keeps,
 const KEPT: usize = 4;
 /// and of which size at least.
 const LEAST: usize = 32 * 1024;
+
+/// Bytes of all frames that were read into such memory, on all threads.
+static READ: AtomicU64 = AtomicU64::new(0);
+
+/// How many bytes of large frames have been read since the process began.
+pub fn read() -> u64 {
+    READ.load(Ordering::Relaxed)
+}
 
 thread_local! {
     /// The latest at the end.
@@ -22,6 +31,7 @@ impl FrameMemory {
     /// Some with room for `size` bytes, and for hardly more: who waits to be read should not hold
     /// much that it does not need.
     pub fn with_room(size: usize) -> Self {
+        READ.fetch_add(size as u64, Ordering::Relaxed);
         if size < LEAST {
             return FrameMemory(Vec::with_capacity(size));
         }

@@ -10,7 +10,7 @@ pub mod body;
 pub mod connection;
 pub mod fields;
 pub mod frame;
-mod frame_memory;
+pub mod frame_memory;
 pub mod hpack;
 mod outbox;
 pub mod pump;

@@ -296,8 +296,7 @@ impl EngineThread {
         routes: &Arc<Routes>,
         flights: Arc<Flights>,
     ) -> Result<Self, ServerError> {
-        let runtime = tokio::runtime::Builder::new_current_thread()
-            .enable_all()
+        let runtime = preemption::runtime()
             .thread_stack_size(PLANNING_STACK)
             .build()?;
         let (stop, stopped) = oneshot::channel();

@@ -2,12 +2,11 @@
 //!
 //! Linux lets a thread that has slept go first, in the middle of what another does. With as many busy
 //! threads as cores, those interrupted are the very client and server that primed stands between, and a
-//! lookup beside a fast download takes up to twice as long for it. So a thread that wakes often while
-//! calls are made waits for its turn (`SCHED_BATCH`). Beside compilers that use all cores it would wait
-//! for long; it looks how long that was, and goes first again if it was too long.
+//! lookup beside a fast download takes up to twice as long for it. So while much is transferred and calls
+//! are made, threads that wake often wait for their turn (`SCHED_BATCH`). Beside compilers that use all cores
+//! they would wait for long; each looks how long that was, and goes first again if it was too long.
 
 use std::fs::File;
-use std::io;
 use std::os::unix::fs::FileExt as _;
 use std::sync::OnceLock;
 use std::time::{Duration, Instant};
@@ -18,16 +17,19 @@ use thread_priority::{
     NormalThreadSchedulePolicy, ThreadPriority, ThreadSchedulePolicy,
     set_thread_priority_and_policy, thread_native_id, thread_schedule_policy,
 };
-use tokio::runtime::{Builder, Runtime};
+use tokio::runtime::Builder;
 
+use crate::http2::frame_memory;
 use crate::meters::METERS;
 
-/// A thread looks at itself whenever it has woken so many times.
+/// A thread looks about whenever it has woken so many times.
 const WAKES: u64 = 16;
-/// It waits for its turn if that was within so long
+/// It waits for its turn if that was within so long,
 const OFTEN: Duration = Duration::from_millis(50);
-/// and so many calls began meanwhile, on whatever thread.
+/// if so many calls began meanwhile on all threads,
 const CALLS: u64 = 2;
+/// and if so much was transferred: bytes in each microsecond.
+const MUCH: u64 = 20;
 /// It goes on to do so for so long after that was the case.
 const LINGER: Duration = Duration::from_millis(100);
 /// How long it may wait for its turns in all,
@@ -50,20 +52,34 @@ const FIRST: ThreadSchedulePolicy = ThreadSchedulePolicy::Normal(NormalThreadSch
 const IN_TURN: ThreadSchedulePolicy =
     ThreadSchedulePolicy::Normal(NormalThreadSchedulePolicy::Batch);
 
-/// A runtime of one thread, for calls.
-///
-/// # Errors
-/// When the system refuses what a runtime needs.
-pub fn runtime() -> io::Result<Runtime> {
+/// To build a runtime of one thread, for calls or what comes with them.
+pub fn runtime() -> Builder {
     let thread: OnceLock<Option<Mutex<Thread>>> = OnceLock::new();
-    Builder::new_current_thread()
-        .enable_all()
-        .on_thread_unpark(move || {
-            if let Some(thread) = thread.get_or_init(|| Thread::current().map(Mutex::new)) {
-                thread.lock().woke(|| METERS.calls.begun());
-            }
-        })
-        .build()
+    let mut runtime = Builder::new_current_thread();
+    runtime.enable_all().on_thread_unpark(move || {
+        if let Some(thread) = thread.get_or_init(|| Thread::current().map(Mutex::new)) {
+            thread.lock().woke(Load::now);
+        }
+    });
+    runtime
+}
+
+/// What the process has done since it began.
+#[derive(Clone, Copy, Default)]
+struct Load {
+    /// Calls that have begun.
+    calls: u64,
+    /// Bytes that were transferred, but for small messages.
+    bytes: u64,
+}
+
+impl Load {
+    fn now() -> Self {
+        Load {
+            calls: METERS.calls.begun(),
+            bytes: frame_memory::read(),
+        }
+    }
 }
 
 /// A thread that carries calls.
@@ -86,8 +102,8 @@ impl Thread {
         })
     }
 
-    /// It has woken. `calls` says how many have begun.
-    fn woke(&mut self, calls: impl FnOnce() -> u64) {
+    /// It has woken.
+    fn woke(&mut self, load: impl FnOnce() -> Load) {
         self.wakes += 1;
         if !self.wakes.is_multiple_of(WAKES) {
             return;
@@ -95,7 +111,7 @@ impl Thread {
         let Some(waited) = waited(&self.statistics) else {
             return;
         };
-        let policy = match self.manners.look(Instant::now(), calls(), waited) {
+        let policy = match self.manners.look(Instant::now(), load(), waited) {
             Some(Manner::First) => FIRST,
             Some(Manner::InTurn) => IN_TURN,
             None => return,
@@ -132,8 +148,8 @@ enum Manner {
 struct Manners {
     manner: Manner,
     looked_at: Instant,
-    /// Calls that had begun then.
-    calls: u64,
+    /// As it was then.
+    load: Load,
     /// When it was busy last.
     busy_at: Instant,
     /// Since when it has been `InTurn`, or until when it is not to be.
@@ -149,7 +165,7 @@ impl Manners {
         Manners {
             manner: Manner::First,
             looked_at: now,
-            calls: 0,
+            load: Load::default(),
             busy_at: now,
             turned: now,
             looks: 0,
@@ -158,11 +174,15 @@ impl Manners {
         }
     }
 
-    /// Takes in that the thread has woken `WAKES` times since the last look, that so many `calls` have
-    /// begun and that it has `waited` for so long in all. Says so if its manner is to change.
-    fn look(&mut self, now: Instant, calls: u64, waited: Duration) -> Option<Manner> {
-        let is_busy = now - self.looked_at <= OFTEN && calls >= self.calls + CALLS;
-        (self.looked_at, self.calls) = (now, calls);
+    /// Takes in that the thread has woken `WAKES` times since the last look, and for how long it has
+    /// `waited` in all. Says so if its manner is to change.
+    fn look(&mut self, now: Instant, load: Load, waited: Duration) -> Option<Manner> {
+        let since = now - self.looked_at;
+        let much = u64::try_from(since.as_micros()).map_or(u64::MAX, |since| since * MUCH);
+        let is_busy = since <= OFTEN
+            && load.calls >= self.load.calls + CALLS
+            && load.bytes >= self.load.bytes.saturating_add(much);
+        (self.looked_at, self.load) = (now, load);
         if is_busy {
             self.busy_at = now;
         }
@@ -201,11 +221,17 @@ mod tests {
     struct Busy {
         manners: Manners,
         now: Instant,
-        calls: u64,
+        load: Load,
         waited: Duration,
     }
 
     const LOOK: Duration = Duration::from_millis(5);
+    /// As much as makes a thread wait for its turn that looks about so often.
+    const BUSY: Load = Load {
+        calls: CALLS,
+        bytes: 5000 * MUCH,
+    };
+    const IDLE: Load = Load { calls: 0, bytes: 0 };
 
     impl Busy {
         fn new() -> Self {
@@ -213,49 +239,58 @@ mod tests {
             Busy {
                 manners: Manners::new(now),
                 now,
-                calls: 0,
+                load: Load::default(),
                 waited: Duration::ZERO,
             }
         }
 
-        fn look(&mut self, after: Duration, calls: u64, waited: Duration) -> Option<Manner> {
+        fn look(&mut self, after: Duration, load: Load, waited: Duration) -> Option<Manner> {
             self.now += after;
-            self.calls += calls;
+            self.load.calls += load.calls;
+            self.load.bytes += load.bytes;
             self.waited += waited;
-            self.manners.look(self.now, self.calls, self.waited)
+            self.manners.look(self.now, self.load, self.waited)
         }
 
         /// For how long it goes first when it had to wait too long just now.
         fn pause(&mut self) -> Duration {
-            assert_eq!(self.look(LOOK, CALLS, PATIENCE * 2), Some(Manner::First));
+            assert_eq!(self.look(LOOK, BUSY, PATIENCE * 2), Some(Manner::First));
             let since = self.now;
-            while self.look(LOOK, CALLS, PATIENCE * 2).is_none() {}
+            while self.look(LOOK, BUSY, PATIENCE * 2).is_none() {}
             assert_eq!(self.manners.manner, Manner::InTurn);
             self.now - since
         }
     }
 
     #[test]
-    fn a_thread_waits_for_its_turn_while_it_is_busy_with_calls() {
+    fn a_thread_waits_for_its_turn_while_it_is_busy() {
         let mut thread = Busy::new();
         let none = Duration::ZERO;
-        assert_eq!(thread.look(OFTEN * 2, 100, none), None, "it wakes seldom");
-        assert_eq!(thread.look(LOOK, 0, none), None, "there are no calls");
-        assert_eq!(thread.look(LOOK, CALLS, none), Some(Manner::InTurn));
-        assert_eq!(thread.look(LOOK, CALLS, none), None);
-        assert_eq!(thread.look(LINGER, 0, none), None, "more may come");
-        assert_eq!(thread.look(LOOK, 0, none), Some(Manner::First));
-        assert_eq!(thread.look(LOOK, CALLS, none), Some(Manner::InTurn));
-        assert_eq!(thread.look(LINGER + LOOK, CALLS, none), Some(Manner::First));
+        let seldom = Load {
+            calls: 100,
+            bytes: 1 << 30,
+        };
+        assert_eq!(
+            thread.look(OFTEN * 2, seldom, none),
+            None,
+            "it wakes seldom"
+        );
+        assert_eq!(thread.look(LOOK, Load { calls: 0, ..BUSY }, none), None);
+        assert_eq!(thread.look(LOOK, Load { bytes: 0, ..BUSY }, none), None);
+        assert_eq!(thread.look(LOOK, BUSY, none), Some(Manner::InTurn));
+        assert_eq!(thread.look(LINGER, IDLE, none), None, "more may come");
+        assert_eq!(thread.look(LOOK, IDLE, none), Some(Manner::First));
+        assert_eq!(thread.look(LOOK, BUSY, none), Some(Manner::InTurn));
+        assert_eq!(thread.look(LINGER + LOOK, BUSY, none), Some(Manner::First));
     }
 
     #[test]
     fn a_thread_whose_turn_is_long_in_coming_goes_first_for_a_while() {
         let mut thread = Busy::new();
         let share = PATIENCE / LOOKS as u32;
-        thread.look(LOOK, CALLS, share);
+        thread.look(LOOK, BUSY, share);
         for _ in 0..LOOKS * 10 {
-            assert_eq!(thread.look(LOOK, CALLS, share), None);
+            assert_eq!(thread.look(LOOK, BUSY, share), None);
         }
         let pauses: Vec<Duration> = (0..6).map(|_| thread.pause()).collect();
         let expected = [1, 2, 4, 8, 16, 16].map(|times| FIRST_PAUSE * times);
@@ -263,7 +298,7 @@ mod tests {
             assert!((expected..=expected + LOOK).contains(pause), "{pauses:?}");
         }
         while thread.now - thread.manners.turned <= LONGEST_PAUSE {
-            assert_eq!(thread.look(LOOK, CALLS, share), None);
+            assert_eq!(thread.look(LOOK, BUSY, share), None);
         }
         assert!(thread.pause() <= FIRST_PAUSE + LOOK, "it was well for long");
     }
@@ -280,17 +315,18 @@ mod tests {
             let Some(mut thread) = Thread::current() else {
                 panic!("run tests with niceness 0, and SCHED_OTHER");
             };
-            let mut calls = 0;
-            let mut wake_until = |policy, calls_each| {
+            let mut load = Load::default();
+            let mut wake_until = |policy, more: Load| {
                 let began = Instant::now();
                 while thread_schedule_policy() != Ok(policy) {
                     assert!(began.elapsed() < Duration::from_secs(60), "{policy:?}");
-                    calls += calls_each;
-                    thread.woke(|| calls);
+                    load.calls += more.calls;
+                    load.bytes += more.bytes;
+                    thread.woke(|| load);
                 }
             };
-            wake_until(IN_TURN, 1);
-            wake_until(FIRST, 0);
+            wake_until(IN_TURN, BUSY);
+            wake_until(FIRST, IDLE);
             assert_eq!(getpriority_process(None), Ok(0));
         });
     }

@@ -77,7 +77,7 @@ impl Shards {
                 let runs = match index {
                     0 => Runs::Here(task::spawn("proxy-0", worker.run(accepted, pulse))),
                     _ => {
-                        let runtime = preemption::runtime()?;
+                        let runtime = preemption::runtime().build()?;
                         let thread = std::thread::Builder::new()
                             .name(format!("proxy-{index}"))
                             .spawn(move || runtime.block_on(worker.run(accepted, pulse)))?;

@@ -8,18 +8,21 @@
 )]
 
 use std::collections::BTreeSet;
+use std::fs::File;
 use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
+use std::process::{Command, Stdio};
 
 use prost::Message;
 use rustix::process::Signal;
 
+use primed::cas::Digest;
 use primed::reapi::google::bytestream::ReadRequest;
 use primed::reapi::{ExecuteRequest, GetActionResultRequest};
 
 use crate::frames;
 use crate::grpcio::{AnyServer, Ended, Grpcio, Session, hex, target};
-use crate::support::{Casd, Primed, connects, scratch, wait_until};
+use crate::support::{Casd, Primed, connects, scratch, tool, wait_until};
 
 const GET_ACTION_RESULT: &str = "/build.bazel.remote.execution.v2.ActionCache/GetActionResult";
 const EXECUTE: &str = "/build.bazel.remote.execution.v2.Execution/Execute";
@@ -64,21 +67,47 @@ fn as_many_threads_as_it_is_told_to_use_carry_calls() {
 }
 
 #[test]
-fn threads_that_are_busy_with_calls_wait_for_their_turn() {
+fn threads_wait_for_their_turn_while_calls_are_made_beside_a_download() {
     let scratch = scratch();
-    let server = AnyServer::start(scratch.path(), Grpcio::New);
-    let arguments = ["--threads", "2"];
-    let primed = Primed::start_with(scratch.path(), server.address(), &arguments);
+    let casd = Casd::start(scratch.path(), 1);
+    let primed = Primed::start_with(scratch.path(), &casd.address(), &["--threads", "2"]);
+    let blob = scratch.path().join("blob");
+    let mut random = File::open("/dev/urandom").unwrap().take(128 << 20);
+    std::io::copy(&mut random, &mut File::create(&blob).unwrap()).unwrap();
+    let digest = Digest::of(&std::fs::read(&blob).unwrap());
+    let uploaded = Command::new(tool("casupload"))
+        .arg(format!("--remote={}", casd.address()))
+        .arg(&blob)
+        .output()
+        .unwrap();
+    assert!(uploaded.status.success(), "{uploaded:?}");
     let mut clients = [(); 2].map(|()| Session::start(Grpcio::New, &primed.address()));
     let mut in_turn = BTreeSet::new();
     wait_until(
-        "both threads wait for their turn (are tests run with niceness 0?)",
+        "both wait for their turn (are tests run with niceness 0?)",
         || {
-            for turn in 0..100 {
-                let ended = clients[turn % 2].call("/some.Service/Echo", b"hello");
-                assert_eq!(ended.code, "OK", "{ended:?}");
+            let mut download = Command::new(tool("casdownload"))
+                .arg(format!("--remote={}", primed.address()))
+                .arg(format!("--file-digest={digest}"))
+                .arg(format!(
+                    "--destination-dir={}",
+                    scratch.path().join("down").display()
+                ))
+                .stdout(Stdio::null())
+                .stderr(Stdio::null())
+                .spawn()
+                .unwrap();
+            let ended = loop {
+                for client in &mut clients {
+                    client.call("/some.Service/Echo", b"hello");
+                }
                 in_turn.extend(threads_in_turn(primed.daemon.pid()));
-            }
+                if let Some(ended) = download.try_wait().unwrap() {
+                    break ended;
+                }
+            };
+            assert!(ended.success(), "{ended}");
+            std::fs::remove_dir_all(scratch.path().join("down")).unwrap();
             in_turn.len() == 2
         },
     );
