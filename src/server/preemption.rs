@@ -4,8 +4,10 @@
 //! threads as cores, those interrupted are the very client and server that primed stands between, and a
 //! lookup beside a fast download takes up to twice as long for it. So while much is transferred and calls
 //! are made, threads that wake often wait for their turn (`SCHED_BATCH`). Beside compilers that use all cores
-//! they would wait for long; each looks how long that was, and goes first again if it was too long.
+//! they would wait for long; each looks how long that was, and goes first again if it was too long. (What
+//! such a thread starts meanwhile inherits its policy: threads that may block, the embedded backend's commands.)
 
+use std::error::Error;
 use std::fs::File;
 use std::os::unix::fs::FileExt as _;
 use std::sync::OnceLock;
@@ -117,13 +119,20 @@ impl Thread {
             None => return,
         };
         tracing::trace!(?policy, "a thread is scheduled otherwise");
-        let set = ThreadPriority::try_from(NOT_NICE)
-            .map(|priority| set_thread_priority_and_policy(thread_native_id(), priority, policy));
-        // Where a container forbids it, nothing is lost.
-        if let Ok(Err(error)) = set {
+        if let Err(error) = schedule(policy) {
+            // A container may forbid it; nothing is lost.
             tracing::debug!(%error, ?policy, "a thread cannot be scheduled otherwise");
         }
     }
+}
+
+/// Has the current thread scheduled by `policy`, unless somebody has made it nice meanwhile.
+fn schedule(policy: ThreadSchedulePolicy) -> Result<(), Box<dyn Error>> {
+    if getpriority_process(None)? == 0 {
+        let priority = ThreadPriority::try_from(NOT_NICE)?;
+        set_thread_priority_and_policy(thread_native_id(), priority, policy)?;
+    }
+    Ok(())
 }
 
 /// How long the thread has waited for a processor since it began.
