@@ -108,10 +108,11 @@ fn threads_wait_for_their_turn_while_calls_are_made_beside_a_download() {
             };
             assert!(ended.success(), "{ended}");
             std::fs::remove_dir_all(scratch.path().join("down")).unwrap();
-            in_turn.len() == 2
+            // There are others: the engine's, and what these start.
+            let shards = ["primed", "proxy-1"];
+            shards.iter().all(|shard| in_turn.contains(*shard))
         },
     );
-    assert!(in_turn.contains("proxy-1"), "{in_turn:?}");
 }
 
 /// The names of a process' threads that are `SCHED_BATCH`.
