@@ -5,7 +5,7 @@
 //! that it has sent, in vain, and the peer pays for the wake-up while it reads.
 
 use std::io::{self, IoSlice};
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
 use std::pin::Pin;
@@ -13,6 +13,7 @@ use std::task::{Context, Poll};
 
 use nix::sys::socket::getsockopt;
 use nix::sys::socket::sockopt::PeerCredentials;
+use rustix::io::Errno;
 use rustix::net::{SendAncillaryBuffer, SendFlags, Shutdown, SocketFlags};
 use tokio::io::{AsyncRead, AsyncWrite, Interest, ReadBuf};
 use tokio::net;
@@ -57,26 +58,60 @@ pub fn credentials(socket: &UnixStream) -> io::Result<(Option<i32>, u32)> {
 
 /// A connected Unix socket on a runtime.
 pub struct LocalSocket {
-    /// Registered for reading. It is no pipe, but is read like one; and those are what tokio
-    /// registers for one direction.
-    reader: Receiver,
+    reader: Reader,
     /// A second descriptor of it, registered for writing, while there is no room to write.
     writer: Option<Sender>,
     /// Whether the last write had to wait.
     waits: bool,
 }
 
+/// How it is read.
+enum Reader {
+    /// Registered with no runtime yet: what the peer has sent already is read, and can be answered,
+    /// before that.
+    Fresh { socket: OwnedFd, has_read: bool },
+    /// Registered for reading. It is no pipe, but is read like one; and those are what tokio
+    /// registers for one direction.
+    Registered(Receiver),
+    /// The system refused to register it.
+    Lost,
+}
+
+impl Reader {
+    /// Registers it with the current runtime, if it is not yet.
+    fn registered(&mut self) -> io::Result<&mut Receiver> {
+        if let Reader::Fresh { .. } = self
+            && let Reader::Fresh { socket, .. } = std::mem::replace(self, Reader::Lost)
+        {
+            *self = Reader::Registered(Receiver::from_owned_fd_unchecked(socket)?);
+        }
+        match self {
+            Reader::Registered(reader) => Ok(reader),
+            Reader::Fresh { .. } | Reader::Lost => Err(io::ErrorKind::NotConnected.into()),
+        }
+    }
+
+    fn socket(&self) -> io::Result<BorrowedFd<'_>> {
+        match self {
+            Reader::Fresh { socket, .. } => Ok(socket.as_fd()),
+            Reader::Registered(reader) => Ok(reader.as_fd()),
+            Reader::Lost => Err(io::ErrorKind::NotConnected.into()),
+        }
+    }
+}
+
 impl LocalSocket {
-    /// Registers a connected, non-blocking socket with the current runtime.
-    ///
-    /// # Errors
-    /// What the system said.
-    pub fn new(socket: UnixStream) -> io::Result<Self> {
-        Ok(LocalSocket {
-            reader: Receiver::from_owned_fd_unchecked(socket.into())?,
+    /// A connected, non-blocking socket. It is registered with the runtime that it is read on, when there
+    /// is something to wait for.
+    pub fn new(socket: UnixStream) -> Self {
+        LocalSocket {
+            reader: Reader::Fresh {
+                socket: socket.into(),
+                has_read: false,
+            },
             writer: None,
             waits: false,
-        })
+        }
     }
 
     /// Connects to the socket file at `path`.
@@ -84,7 +119,8 @@ impl LocalSocket {
     /// # Errors
     /// What the system said.
     pub async fn connect(path: &Path) -> io::Result<Self> {
-        LocalSocket::new(net::UnixStream::connect(path).await?.into_std()?)
+        let socket = net::UnixStream::connect(path).await?.into_std()?;
+        Ok(LocalSocket::new(socket))
     }
 
     fn poll_send(&mut self, cx: &mut Context<'_>, bufs: &[IoSlice<'_>]) -> Poll<io::Result<usize>> {
@@ -92,7 +128,7 @@ impl LocalSocket {
             Some(writer) => writer,
             None => match self.send(bufs) {
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
-                    let second = self.reader.as_fd().try_clone_to_owned()?;
+                    let second = self.reader.socket()?.try_clone_to_owned()?;
                     self.writer.insert(Sender::from_owned_fd_unchecked(second)?)
                 }
                 sent => return Poll::Ready(sent),
@@ -108,7 +144,12 @@ impl LocalSocket {
 
     fn send(&self, bufs: &[IoSlice<'_>]) -> io::Result<usize> {
         let mut nothing = SendAncillaryBuffer::default();
-        let sent = rustix::net::sendmsg(&self.reader, bufs, &mut nothing, SendFlags::NOSIGNAL);
+        let sent = rustix::net::sendmsg(
+            self.reader.socket()?,
+            bufs,
+            &mut nothing,
+            SendFlags::NOSIGNAL,
+        );
         Ok(sent?)
     }
 }
@@ -119,7 +160,19 @@ impl AsyncRead for LocalSocket {
         cx: &mut Context<'_>,
         buf: &mut ReadBuf<'_>,
     ) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.reader).poll_read(cx, buf)
+        if let Reader::Fresh { socket, has_read } = &mut self.reader
+            && !std::mem::replace(has_read, true)
+        {
+            match rustix::io::read(socket, buf.initialize_unfilled()) {
+                Ok(read) => {
+                    buf.advance(read);
+                    return Poll::Ready(Ok(()));
+                }
+                Err(Errno::AGAIN) => {}
+                Err(error) => return Poll::Ready(Err(error.into())),
+            }
+        }
+        Pin::new(self.reader.registered()?).poll_read(cx, buf)
     }
 }
 
@@ -149,7 +202,10 @@ impl AsyncWrite for LocalSocket {
     }
 
     fn poll_shutdown(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Poll::Ready(Ok(rustix::net::shutdown(&self.reader, Shutdown::Write)?))
+        Poll::Ready(Ok(rustix::net::shutdown(
+            self.reader.socket()?,
+            Shutdown::Write,
+        )?))
     }
 }
 
@@ -157,7 +213,7 @@ impl AsyncWrite for LocalSocket {
 mod tests {
     use super::*;
     use std::future::poll_fn;
-    use std::io::Read;
+    use std::io::{Read, Write};
     use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
     /// More than the system keeps for a reader that does not read.
@@ -166,7 +222,7 @@ mod tests {
     fn pair() -> (LocalSocket, UnixStream) {
         let (near, far) = UnixStream::pair().unwrap();
         near.set_nonblocking(true).unwrap();
-        (LocalSocket::new(near).unwrap(), far)
+        (LocalSocket::new(near), far)
     }
 
     /// Writes until there is no more room; says how much.
@@ -207,7 +263,7 @@ mod tests {
     async fn what_is_sent_arrives_whole_in_both_directions_and_ends_when_it_is_shut_down() {
         let (mut near, far) = pair();
         far.set_nonblocking(true).unwrap();
-        let mut far = LocalSocket::new(far).unwrap();
+        let mut far = LocalSocket::new(far);
         let sent: Vec<u8> = (0..LARGE).map(|at| (at / 7) as u8).collect();
         let (mut read, mut answer) = (Vec::new(), [0; 2]);
         let one = async {
@@ -222,6 +278,25 @@ mod tests {
         tokio::join!(one, other);
         assert!(read == sent);
         assert_eq!(&answer, b"ok");
+    }
+
+    #[tokio::test]
+    async fn what_has_been_sent_already_is_read_and_answered_without_waiting() {
+        let (mut near, mut far) = pair();
+        far.write_all(b"hello").unwrap();
+        let mut said = [0; 64];
+        let mut room = ReadBuf::new(&mut said);
+        let read = poll_fn(|cx| Poll::Ready(Pin::new(&mut near).poll_read(cx, &mut room)));
+        assert!(matches!(read.await, Poll::Ready(Ok(()))));
+        assert_eq!(room.filled(), b"hello");
+        near.write_all(b"hi").await.unwrap();
+        let is_fresh = |near: &LocalSocket| matches!(near.reader, Reader::Fresh { .. });
+        assert!(is_fresh(&near), "there was nothing to wait for");
+        far.write_all(b"go on").unwrap();
+        let mut more = [0; 5];
+        near.read_exact(&mut more).await.unwrap();
+        assert_eq!(&more, b"go on");
+        assert!(!is_fresh(&near));
     }
 
     #[tokio::test]
@@ -243,7 +318,7 @@ mod tests {
         assert_eq!(pid, i32::try_from(std::process::id()).ok());
         assert_eq!(uid, rustix::process::getuid().as_raw());
         client.write_all(b"hello").await.unwrap();
-        let mut accepted = LocalSocket::new(accepted).unwrap();
+        let mut accepted = LocalSocket::new(accepted);
         let mut said = [0; 5];
         accepted.read_exact(&mut said).await.unwrap();
         assert_eq!(&said, b"hello");

@@ -98,7 +98,7 @@ impl Dialer {
                 let name = std_unix::SocketAddr::from_abstract_name(name)?;
                 let socket = std_unix::UnixStream::connect_addr(&name)?;
                 socket.set_nonblocking(true)?;
-                Transport::Unix(LocalSocket::new(socket)?)
+                Transport::Unix(LocalSocket::new(socket))
             }
             (Address::Tcp { host, port }, _) => match self.tunnel().await? {
                 Some(tunnel) => Transport::Tunnel(Box::new(TokioIo::new(tunnel))),

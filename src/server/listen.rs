@@ -122,28 +122,19 @@ impl Accepted {
     pub async fn into_stream(self) -> io::Result<Stream> {
         let transport = match self.socket {
             AcceptedSocket::Tcp(socket) => tcp(socket, self.tls).await?,
-            AcceptedSocket::Unix(socket) => {
-                let socket = LocalSocket::new(socket)?;
-                until_known().await;
-                Transport::Unix(socket)
-            }
+            AcceptedSocket::Unix(socket) => Transport::Unix(LocalSocket::new(socket)),
             AcceptedSocket::DetachedTcp(socket) => {
-                let socket = TcpStream::from_std(socket)?;
-                until_known().await;
-                tcp(socket, self.tls).await?
+                tcp(TcpStream::from_std(socket)?, self.tls).await?
             }
         };
         Ok(Stream::with_place(transport, self.place))
     }
 }
 
-/// Lets the runtime learn what a client has sent already. To read that before a clock is set for
-/// the handshake is cheaper than to set the clock.
-async fn until_known() {
-    tokio::task::yield_now().await;
-}
-
 async fn tcp(socket: TcpStream, tls: Option<Arc<ServerTls>>) -> io::Result<Transport> {
+    // Lets the runtime learn what the client has sent already. To read that before a clock is set for
+    // the handshake is cheaper than to set the clock.
+    tokio::task::yield_now().await;
     Ok(match tls {
         None => Transport::Tcp(socket),
         Some(tls) => Transport::Tls(Box::new(tls.accept(socket).await?.into())),

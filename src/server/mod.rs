@@ -266,8 +266,8 @@ async fn accept(listener: Listener, shards: Arc<Shards>) {
     loop {
         let accepted = listener.accept().await;
         // A client that opens one connection after the other has closed the last one by now: seen
-        // in that order, they go to the same shard. And what it has sent is known then.
-        tokio::task::yield_now().await;
+        // in that order, they go to the same shard.
+        task::give_way().await;
         let served = accepted.and_then(|accepted| shards.serve(accepted));
         if let Err(error) = served {
             tracing::warn!(address = %listener.address(), %error, "a connection was refused");

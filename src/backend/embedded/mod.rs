@@ -166,7 +166,7 @@ impl Embedded {
         far.set_nonblocking(true)?;
         let sent = self.connections.send(far).await;
         sent.map_err(|_| io::Error::from(io::ErrorKind::ConnectionRefused))?;
-        LocalSocket::new(near)
+        Ok(LocalSocket::new(near))
     }
 }
 
