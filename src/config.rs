@@ -107,6 +107,8 @@ pub struct Config {
     pub max_streams: NonZero<u32>,
     /// How many threads forward calls.
     pub threads: NonZero<usize>,
+    /// For how long they poll before they sleep.
+    pub busy_poll: Duration,
     /// Where `primed status` and `primed wait` connect.
     pub admin: Address,
     /// Where metrics can be read, if they can.

@@ -1,6 +1,7 @@
 //! A connected byte stream of any kind that primed speaks: clients come in by it, and upstreams
 //! are dialled with it. Vectored writes reach the socket, or the TLS records, in one go.
 
+use std::cell::Cell;
 use std::io::{self, IoSlice};
 use std::pin::Pin;
 use std::task::{Context, Poll};
@@ -15,6 +16,15 @@ use tokio::sync::OwnedSemaphorePermit;
 use tokio_rustls::TlsStream;
 
 use crate::local_socket::LocalSocket;
+
+thread_local! {
+    static READS: Cell<u64> = const { Cell::new(0) };
+}
+
+/// How often something came by a connection that the current thread reads, be it an end or an error.
+pub fn reads() -> u64 {
+    READS.get()
+}
 
 /// A connection.
 pub struct Stream {
@@ -96,7 +106,11 @@ impl AsyncRead for Stream {
         cx: &mut Context<'_>,
         buf: &mut ReadBuf<'_>,
     ) -> Poll<io::Result<()>> {
-        delegate!(self, stream => Pin::new(stream).poll_read(cx, buf))
+        let read = delegate!(self, stream => Pin::new(stream).poll_read(cx, buf));
+        if read.is_ready() {
+            READS.set(READS.get() + 1);
+        }
+        read
     }
 }
 

@@ -1,6 +1,6 @@
 //! Spawning, in one place: a task that panics is logged and counted, never lost in silence.
 
-use std::future::{Future, poll_fn};
+use std::future::Future;
 use std::panic::AssertUnwindSafe;
 use std::pin::Pin;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -44,20 +44,6 @@ where
     tokio::task::spawn_blocking(move || guard(name, work))
         .await
         .unwrap_or(None)
-}
-
-/// Lets the other tasks of this thread that are due have their turn. The system is not asked for further
-/// events, as `tokio::task::yield_now` would.
-pub async fn give_way() {
-    let mut has_given = false;
-    poll_fn(|cx| {
-        if std::mem::replace(&mut has_given, true) {
-            return Poll::Ready(());
-        }
-        cx.waker().wake_by_ref();
-        Poll::Pending
-    })
-    .await;
 }
 
 /// A future whose panic ends it with `None`, logged and counted.

@@ -3,7 +3,7 @@
 //!
 //! A call costs two additions, one when it begins and one when it is over.
 
-use super::Counter;
+use super::{Counter, Level, Present};
 
 /// The known methods, each as its service is called in short, and by its own name.
 const METHODS: [(&str, &str); METHOD_COUNT] = [
@@ -54,7 +54,11 @@ const NO_STATUS: usize = STATUSES.len() - 1;
 
 /// All calls.
 #[derive(Debug)]
-pub struct Calls([OfMethod; METHOD_COUNT]);
+pub struct Calls {
+    by_method: [OfMethod; METHOD_COUNT],
+    /// Of whatever method.
+    pub all: Level,
+}
 
 #[derive(Debug)]
 struct OfMethod {
@@ -80,38 +84,36 @@ pub struct Counted {
 pub struct CallMeter {
     calls: &'static OfMethod,
     status: usize,
+    _present: Present,
 }
 
 impl Calls {
     pub(super) const fn new() -> Self {
-        Calls(
-            [const {
+        Calls {
+            by_method: [const {
                 OfMethod {
                     begun: Counter::new(),
                     ended: [const { Counter::new() }; STATUSES.len()],
                 }
             }; METHOD_COUNT],
-        )
+            all: Level::new(),
+        }
     }
 
     /// A call of the method at `path` (`/SERVICE/METHOD`) begins.
     pub fn begin(&'static self, path: &str) -> CallMeter {
-        let calls = &self.0[index(path)];
+        let calls = &self.by_method[index(path)];
         calls.begun.add(1);
         CallMeter {
             calls,
             status: NO_STATUS,
+            _present: self.all.enter(),
         }
-    }
-
-    /// How many have begun.
-    pub fn begun(&self) -> u64 {
-        self.0.iter().map(|of_method| of_method.begun.get()).sum()
     }
 
     /// Of every method of which there was a call.
     pub fn get(&self) -> Vec<Counted> {
-        let counted = METHODS.iter().zip(&self.0).map(|(names, calls)| {
+        let counted = METHODS.iter().zip(&self.by_method).map(|(names, calls)| {
             let ended: Vec<u64> = calls.ended.iter().map(Counter::get).collect();
             let over: u64 = ended.iter().sum();
             let statuses = STATUSES.into_iter().zip(ended);

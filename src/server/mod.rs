@@ -3,12 +3,13 @@
 
 mod admin;
 pub mod admission;
+mod busy_poll;
 mod connection;
 pub mod listen;
 mod metrics;
 mod pages;
 pub mod passed;
-pub mod preemption;
+mod preemption;
 pub mod runs;
 mod shards;
 mod watchdog;
@@ -18,6 +19,7 @@ use std::io;
 use std::sync::Arc;
 use std::time::Duration;
 
+use tokio::runtime::Builder;
 use tokio::sync::{mpsc, oneshot};
 use tokio_util::task::TaskTracker;
 
@@ -41,7 +43,7 @@ use admission::{Admission, make_room};
 use listen::{ListenError, Listener};
 use passed::PassedSockets;
 use runs::Runs;
-use shards::Shards;
+use shards::{ShardSettings, Shards};
 use watchdog::Watchdog;
 
 pub use admin::{
@@ -102,6 +104,20 @@ impl ServerError {
     }
 }
 
+/// To build a runtime of one thread, for calls or what comes with them.
+pub fn runtime() -> Builder {
+    let scheduling = preemption::watch();
+    let mut runtime = Builder::new_current_thread();
+    runtime
+        .enable_all()
+        .on_thread_park(busy_poll::idle)
+        .on_thread_unpark(move || {
+            busy_poll::woke();
+            scheduling();
+        });
+    runtime
+}
+
 /// Serves until `shutdown` completes, then drains. Call it before the process has other threads.
 ///
 /// # Errors
@@ -141,8 +157,12 @@ pub async fn run(config: Config, shutdown: impl Future<Output = ()>) -> Result<(
         joining: joining.clone(),
     };
     let mut watchdog = Watchdog::default();
-    let (threads, max_streams) = (config.threads, config.max_streams.get());
-    let shards = Shards::start(proxy, threads, max_streams, DRAIN, &mut watchdog)?;
+    let settings = ShardSettings {
+        max_streams: config.max_streams.get(),
+        busy_poll: config.busy_poll,
+        grace: DRAIN,
+    };
+    let shards = Shards::start(proxy, config.threads, settings, &mut watchdog)?;
     let shards = Arc::new(shards);
 
     let tasks = TaskTracker::new();
@@ -267,7 +287,7 @@ async fn accept(listener: Listener, shards: Arc<Shards>) {
         let accepted = listener.accept().await;
         // A client that opens one connection after the other has closed the last one by now: seen
         // in that order, they go to the same shard.
-        task::give_way().await;
+        tokio::task::yield_now().await;
         let served = accepted.and_then(|accepted| shards.serve(accepted));
         if let Err(error) = served {
             tracing::warn!(address = %listener.address(), %error, "a connection was refused");
@@ -296,9 +316,7 @@ impl EngineThread {
         routes: &Arc<Routes>,
         flights: Arc<Flights>,
     ) -> Result<Self, ServerError> {
-        let runtime = preemption::runtime()
-            .thread_stack_size(PLANNING_STACK)
-            .build()?;
+        let runtime = runtime().thread_stack_size(PLANNING_STACK).build()?;
         let (stop, stopped) = oneshot::channel();
         let (started, ready) = oneshot::channel();
         let (config, routes) = (config.clone(), routes.clone());

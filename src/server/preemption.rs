@@ -19,7 +19,6 @@ use thread_priority::{
     NormalThreadSchedulePolicy, ThreadPriority, ThreadSchedulePolicy,
     set_thread_priority_and_policy, thread_native_id, thread_schedule_policy,
 };
-use tokio::runtime::Builder;
 
 use crate::http2::frame_memory;
 use crate::meters::METERS;
@@ -54,16 +53,14 @@ const FIRST: ThreadSchedulePolicy = ThreadSchedulePolicy::Normal(NormalThreadSch
 const IN_TURN: ThreadSchedulePolicy =
     ThreadSchedulePolicy::Normal(NormalThreadSchedulePolicy::Batch);
 
-/// To build a runtime of one thread, for calls or what comes with them.
-pub fn runtime() -> Builder {
+/// To be called whenever the thread of a runtime has woken, which is always the same.
+pub fn watch() -> impl Fn() {
     let thread: OnceLock<Option<Mutex<Thread>>> = OnceLock::new();
-    let mut runtime = Builder::new_current_thread();
-    runtime.enable_all().on_thread_unpark(move || {
+    move || {
         if let Some(thread) = thread.get_or_init(|| Thread::current().map(Mutex::new)) {
             thread.lock().woke(Load::now);
         }
-    });
-    runtime
+    }
 }
 
 /// What the process has done since it began.
@@ -78,7 +75,7 @@ struct Load {
 impl Load {
     fn now() -> Self {
         Load {
-            calls: METERS.calls.begun(),
+            calls: METERS.calls.all.begun(),
             bytes: frame_memory::read(),
         }
     }

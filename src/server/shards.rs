@@ -13,10 +13,9 @@ use slab::Slab;
 use tokio::sync::{mpsc, watch};
 use tokio_util::task::TaskTracker;
 
-use super::connection;
 use super::listen::Accepted;
-use super::preemption;
 use super::watchdog::{Pulse, Watchdog};
+use super::{busy_poll, connection};
 use crate::http2::connection::{Connection, Farewell};
 use crate::meters::METERS;
 use crate::proxy::Proxy;
@@ -31,6 +30,17 @@ const BACKLOG: usize = 1024;
 pub struct Shards {
     shards: Vec<Shard>,
     shutdown: watch::Sender<bool>,
+}
+
+/// How shards carry calls.
+#[derive(Clone, Copy)]
+pub struct ShardSettings {
+    /// How many calls a client may have open on one connection.
+    pub max_streams: u32,
+    /// For how long they poll before they sleep.
+    pub busy_poll: Duration,
+    /// For how long they drain after a shutdown, at most.
+    pub grace: Duration,
 }
 
 struct Shard {
@@ -48,16 +58,15 @@ enum Runs {
 }
 
 impl Shards {
-    /// Starts so many shards with a proxy each, the first of them on the current runtime.
-    /// After a shutdown they drain for at most `grace`. The watchdog hears of a shard that is stuck.
+    /// Starts so many shards with a proxy each, the first of them on the current runtime, which is
+    /// one of `super::runtime`. The watchdog hears of a shard that is stuck.
     ///
     /// # Errors
     /// When the system refuses a thread.
     pub fn start(
         proxy: impl Fn() -> Proxy,
         count: NonZero<usize>,
-        max_streams: u32,
-        grace: Duration,
+        settings: ShardSettings,
         watchdog: &mut Watchdog,
     ) -> io::Result<Self> {
         let (shutdown, _) = watch::channel(false);
@@ -67,17 +76,16 @@ impl Shards {
                 let open = Arc::new(AtomicUsize::new(0));
                 let worker = Worker {
                     proxy: Arc::new(proxy()),
-                    max_streams,
+                    settings,
                     open: open.clone(),
                     shutdown: shutdown.subscribe(),
                     carried: Arc::default(),
-                    grace,
                 };
                 let pulse = watchdog.pulse(format!("proxy-{index}"));
                 let runs = match index {
                     0 => Runs::Here(task::spawn("proxy-0", worker.run(accepted, pulse))),
                     _ => {
-                        let runtime = preemption::runtime().build()?;
+                        let runtime = super::runtime().build()?;
                         let thread = std::thread::Builder::new()
                             .name(format!("proxy-{index}"))
                             .spawn(move || runtime.block_on(worker.run(accepted, pulse)))?;
@@ -134,16 +142,16 @@ impl Shards {
 
 struct Worker {
     proxy: Arc<Proxy>,
-    max_streams: u32,
+    settings: ShardSettings,
     open: Arc<AtomicUsize>,
     shutdown: watch::Receiver<bool>,
     carried: Arc<Carried>,
-    grace: Duration,
 }
 
 impl Worker {
     async fn run(mut self, mut accepted: mpsc::Receiver<Accepted>, pulse: Pulse) {
         task::spawn("pulse", pulse.beat());
+        task::spawn("busy poll", busy_poll::keep(self.settings.busy_poll));
         let serving = TaskTracker::new();
         loop {
             let accepted = tokio::select! {
@@ -158,7 +166,7 @@ impl Worker {
         }
         self.carried.end();
         serving.close();
-        if tokio::time::timeout(self.grace, serving.wait())
+        if tokio::time::timeout(self.settings.grace, serving.wait())
             .await
             .is_err()
         {
@@ -171,7 +179,7 @@ impl Worker {
 
     fn connection(&self, accepted: Accepted) -> impl Future<Output = ()> + use<> {
         let proxy = self.proxy.clone();
-        let max_streams = self.max_streams;
+        let max_streams = self.settings.max_streams;
         let carried = self.carried.clone();
         let open = self.open.clone();
         async move {

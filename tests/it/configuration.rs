@@ -312,6 +312,12 @@ fn what_is_wrong_in_a_file_is_named_by_its_place_with_a_hint() {
         ),
         ("max-streams = 0", "serve", "1:15", &["'0'", "max-streams"]),
         (
+            "busy-poll = 10001",
+            "serve",
+            "1:13",
+            &["'10001'", "busy-poll", "0..=10000"],
+        ),
+        (
             "max-streams = 1.5",
             "serve",
             "1:15",

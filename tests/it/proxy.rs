@@ -115,6 +115,43 @@ fn threads_wait_for_their_turn_while_calls_are_made_beside_a_download() {
     );
 }
 
+#[test]
+fn a_thread_polls_for_calls_that_are_made_one_after_the_other_rather_than_sleep() {
+    const CALLS: u64 = 100;
+    let scratch = scratch();
+    let casd = Casd::start(scratch.path(), 1);
+    let start = |name: &str, microseconds| {
+        let directory = scratch.path().join(name);
+        std::fs::create_dir(&directory).unwrap();
+        let arguments = ["--threads", "1", "--busy-poll", microseconds];
+        Primed::start_with(&directory, &casd.address(), &arguments)
+    };
+    let polling = start("polling", "10000");
+    let sleeping = start("sleeping", "0");
+    let slept_in_calls = |primed: &Primed| {
+        let mut client = Session::start(Grpcio::New, &primed.address());
+        client.call(GET_CAPABILITIES, b"");
+        let before = times_slept(primed.daemon.pid());
+        for _ in 0..CALLS {
+            assert_eq!(client.call(GET_CAPABILITIES, b"").code, "OK");
+        }
+        times_slept(primed.daemon.pid()) - before
+    };
+    assert!(slept_in_calls(&sleeping) >= CALLS);
+    // Others may want its processor, and have it for a while.
+    wait_until("it sleeps less often than it is called", || {
+        slept_in_calls(&polling) < CALLS
+    });
+}
+
+/// How often a process' first thread had to wait, for whatever.
+fn times_slept(pid: u32) -> u64 {
+    let status = std::fs::read_to_string(format!("/proc/{pid}/task/{pid}/status")).unwrap();
+    let mut lines = status.lines();
+    let switches = lines.find_map(|line| line.strip_prefix("voluntary_ctxt_switches:"));
+    switches.unwrap().trim().parse().unwrap()
+}
+
 /// The names of a process' threads that are `SCHED_BATCH`.
 fn threads_in_turn(pid: u32) -> Vec<String> {
     const BATCH: &str = "3";
