@@ -1,7 +1,7 @@
 //! Calls of clients by method and status. Methods that are none of a known service's count as one,
 //! whatever their names: a client cannot add lines to the page.
 //!
-//! A call costs two additions, one when it begins and one when it is over.
+//! A call costs four additions, two when it begins and two when it is over.
 
 use super::{Counter, Level, Present};
 
