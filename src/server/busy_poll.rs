@@ -59,7 +59,8 @@ pub async fn keep(patience: Duration) {
         while with_this(|this| this.goes_on(Instant::now(), stream::reads())) == Some(true) {
             let began = Instant::now();
             std::thread::yield_now();
-            with_this(|this| this.gave_way(Instant::now(), began.elapsed()));
+            let now = Instant::now();
+            with_this(|this| this.gave_way(now, now - began));
             // Has the runtime ask the system, and the tasks run that something has come for.
             tokio::task::yield_now().await;
         }
@@ -257,6 +258,11 @@ mod tests {
         /// Something has come and been dealt with, and so many calls are under way: whether it polls now.
         fn works(&mut self, calls: u64) -> bool {
             self.reads += 1;
+            self.idles(calls)
+        }
+
+        /// It has nothing to do, and so many calls are under way: whether it polls now.
+        fn idles(&mut self, calls: u64) -> bool {
             let bytes = self.bytes;
             self.poll.idle(self.now, self.reads, Load { calls, bytes })
         }
@@ -288,12 +294,7 @@ mod tests {
             let mut times = 0;
             while self.works(1) {
                 assert!(!self.waits(PATIENCE + SOON));
-                let load = Load {
-                    calls: 1,
-                    bytes: self.bytes,
-                };
-                let polls = self.poll.idle(self.now, self.reads, load);
-                assert!(!polls, "nothing has come");
+                assert!(!self.idles(1), "nothing has come");
                 self.sleeps(LATE);
                 times += 1;
             }
