@@ -274,14 +274,40 @@ async fn to_a_clients_execution_that_is_told_to_be_queued_others_give_way() {
     build.end();
 }
 
+/// What the backend was first told to cancel.
+fn first_that_was_stopped(world: &World) -> Run {
+    let stopped = world.cancelled.lock()[0].clone();
+    let index = stopped.strip_prefix("operation-").unwrap();
+    world.runs()[index.parse::<usize>().unwrap()].clone()
+}
+
+#[tokio::test]
+async fn what_had_succeeded_when_it_gave_way_counts_as_brought_by_primed() {
+    let stage = Stage::built(&CAP).await;
+    let (build, _operations) = stage.begin_giving_way(1).await;
+    let world = &stage.backend.world;
+    let run = first_that_was_stopped(world);
+    world.keep_open(run.action);
+    world.finish(&run, Vec::new());
+    *world.executes_once.lock() = true;
+    world.hold_clients(false);
+    world.hold(false);
+    stage
+        .until("all is executed", || stage.primed.is_idle())
+        .await;
+    assert_eq!(build.lookup(run.action).await.unwrap().exit_code, 0);
+    build.end();
+    stage.primed.wait();
+    let counts = stage.counts();
+    assert_eq!((counts.hit, counts.cached), (1, 0), "{counts:?}");
+}
+
 #[tokio::test]
 async fn what_had_failed_when_it_gave_way_is_hidden_like_any_other_failure() {
     let stage = Stage::built(&CAP).await;
     let (build, _operations) = stage.begin_giving_way(1).await;
     let world = &stage.backend.world;
-    let stopped = world.cancelled.lock()[0].clone();
-    let index = stopped.strip_prefix("operation-").unwrap();
-    let run = world.runs()[index.parse::<usize>().unwrap()].clone();
+    let run = first_that_was_stopped(world);
     world.keep_open(run.action);
     world.fail(&run, 1);
     world.hold_clients(false);
