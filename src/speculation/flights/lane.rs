@@ -49,17 +49,17 @@ async fn execute(lane: Arc<Lane>, mut departure: Departure, activity: Activity) 
     let action = departure.key().action;
     let mut time = Duration::ZERO;
     let (outcome, ending) = match lane.follow(&mut departure).await {
-        // It had succeeded by the time that it was stopped.
         Ok(Executed {
             operation,
             result,
             cached: true,
-        }) if result.exit_code == 0 && departure.has_given_way() => {
-            time = execution_time(&result).unwrap_or(time);
-            let outcome = Outcome::Primed(Arc::new(result));
-            (outcome, Ending::Succeeded(operation))
-        }
-        Ok(Executed { result, cached, .. }) if cached => match result.exit_code {
+        }) => match result.exit_code {
+            // It had succeeded by the time that it was stopped.
+            0 if departure.has_given_way() => {
+                time = execution_time(&result).unwrap_or(time);
+                let outcome = Outcome::Primed(Arc::new(result));
+                (outcome, Ending::Succeeded(operation))
+            }
             0 => (Outcome::Cached(Arc::new(result)), Ending::Cached),
             // It had failed by the time that it was stopped.
             code if departure.has_given_way() => {
