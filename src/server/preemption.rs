@@ -34,10 +34,10 @@ const MUCH: u64 = 20;
 /// It goes on to do so for so long after that was the case.
 const LINGER: Duration = Duration::from_millis(100);
 /// How long it may wait for its turns in all,
-const PATIENCE: Duration = Duration::from_millis(64);
-/// from one look to so many later: a quarter of a millisecond each. It is less than half of that where only
-/// primed's clients and servers keep the cores busy, and more where others do.
-const LOOKS: u64 = 16;
+const PATIENCE: Duration = Duration::from_millis(256);
+/// from one look to so many later: a quarter of a millisecond each. Where only primed's clients and servers keep
+/// the cores busy, it is less than half of that on the whole, but may be more for some hundred wakes.
+const LOOKS: u64 = 64;
 /// How long it goes first if it had to wait longer; twice as long each time that it happens soon,
 const FIRST_PAUSE: Duration = Duration::from_millis(500);
 /// up to this.
