@@ -242,7 +242,7 @@ fn what_is_never_used_is_retired_and_comes_back_at_once_when_a_build_asks_for_it
         counts.push(stage.build_one());
     }
     let wasteful = counts[0];
-    assert!(wasteful.primed > UNITS as u64, "{counts:?}");
+    assert!(wasteful.primed >= UNITS as u64, "{counts:?}");
     // The counts survive a restart.
     let upstream = stage._casd.address();
     stage.primed = stage.primed.restart(&upstream);
