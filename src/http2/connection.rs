@@ -22,6 +22,7 @@ use super::stream::{Incoming, Load, Outgoing, Shared, StreamError};
 use super::streams::{Role, State};
 use super::{
     CLIENT_HEADER_LIST, CLIENT_WINDOW, MAX_FRAME_SIZE, UPSTREAM_HEADER_LIST, UPSTREAM_WINDOW,
+    whole_messages,
 };
 
 /// What one read takes at most, unless it is the rest of a large frame.
@@ -159,6 +160,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
         mut serve: impl FnMut(Request),
     ) -> Poll<Result<(), StreamError>> {
         self.shared.lock().is_awake();
+        whole_messages::pass_on_if_late();
         if self.is_shutting {
             return self.poll_shutdown(cx);
         }

@@ -4,7 +4,7 @@
 //!
 //! `connection` reads and writes frames (`frame`, `frame_memory`, `outbox`), `streams` knows what
 //! they mean (with `hpack`, `fields`), `stream` is what a call holds. `body` and `pump` move messages from one
-//! stream to another.
+//! stream to another, large ones as a whole where that helps (`whole_messages`).
 
 pub mod body;
 pub mod connection;
@@ -18,6 +18,7 @@ pub mod stream;
 mod streams;
 #[cfg(test)]
 mod tests;
+pub mod whole_messages;
 
 use std::time::Duration;
 

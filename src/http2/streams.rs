@@ -7,6 +7,7 @@
 //! handed to the socket, so a peer that does not read cannot begin others instead.
 
 mod receiving;
+mod rhythm;
 mod sending;
 mod windows;
 
@@ -21,9 +22,10 @@ use tokio::time::Instant;
 use super::fields::Fields;
 use super::frame::{self, FIRST_FRAME_SIZE, FIRST_WINDOW, LARGEST_WINDOW, PREFACE, Reason, kind};
 use super::hpack::{Block, Decoder, Encoder, Pseudo};
-use super::{MAX_FRAME_SIZE, SEND_BUFFER, STREAM_WINDOW};
+use super::{MAX_FRAME_SIZE, SEND_BUFFER, STREAM_WINDOW, whole_messages};
 use crate::chunks::Chunks;
 use crate::quick_map::QuickMap;
+use rhythm::Rhythm;
 use windows::Distance;
 
 /// What may wait to be sent for all streams together, in bytes.
@@ -124,6 +126,7 @@ pub struct Stream {
     extra_window: u32,
     /// How much has been read since when, as far as it was asked.
     pace: Option<(Instant, u32)>,
+    rhythm: Rhythm,
     /// What is still due by `content-length`.
     announced: Option<u64>,
     reader: Option<Waker>,
@@ -167,6 +170,7 @@ impl Stream {
             asked: None,
             extra_window: 0,
             pace: None,
+            rhythm: Rhythm::default(),
             announced: None,
             reader: None,
             is_ended: false,
@@ -212,6 +216,8 @@ impl Stream {
         if let Some(reader) = self.reader.take() {
             reader.wake();
         }
+        // It may be among those.
+        whole_messages::pass_on();
     }
 
     fn wake_writer(&mut self) {

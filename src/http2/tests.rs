@@ -12,7 +12,7 @@ use http::{HeaderName, HeaderValue, Method, StatusCode};
 use tokio::io::{
     AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, DuplexStream, ReadBuf, duplex,
 };
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, watch};
 
 use super::SEND_BUFFER;
 use super::connection::{Calls, Connection, Request};
@@ -20,6 +20,7 @@ use super::fields::Fields;
 use super::frame::{self, FrameHeader, PREFACE, Reason, flag, kind};
 use super::hpack::Pseudo;
 use super::stream::{AnswerHead, Incoming, Load, Outgoing, StreamError};
+use super::whole_messages;
 use crate::task;
 
 const PIPE: usize = 64 * 1024;
@@ -662,6 +663,187 @@ async fn the_window_of_a_stream_from_far_away_grows_as_long_as_its_reader_is_qui
             near.round(Duration::ZERO).await;
         }
         assert_eq!((near.window, near.first_window), (MIB, MIB));
+    }
+}
+
+/// A stream from near, whose reader takes what there is when it is woken.
+struct Transfer {
+    peer: Peer,
+    read: watch::Receiver<usize>,
+    /// How much was sent, and how much may have been by now.
+    sent: usize,
+    window: usize,
+    _other_way: Outgoing,
+    _calls: Option<Calls>,
+}
+
+/// How many frames of the largest size are in a message of `Transfer`, and what else is.
+const FRAMES: usize = 3;
+const LAST: usize = 10;
+const FRAME: usize = super::MAX_FRAME_SIZE as usize;
+/// What is not read after each frame of one that is passed on as it comes, or as a whole.
+const AT_ONCE: [usize; FRAMES + 1] = [0; FRAMES + 1];
+const AS_A_WHOLE: [usize; FRAMES + 1] = [FRAME, 2 * FRAME, 3 * FRAME, 0];
+/// Between messages.
+const PAUSE: Duration = Duration::from_millis(1);
+
+impl Transfer {
+    /// From a server.
+    async fn down() -> Self {
+        let near = Far::at(Duration::from_micros(900)).await;
+        Transfer {
+            _calls: Some(near.calls),
+            ..Transfer::begin(near.peer, near.answer, near._request)
+        }
+    }
+
+    /// From a client.
+    async fn up() -> Self {
+        let (mut peer, mut calls) = Peer::of_server().await;
+        peer.send(kind::HEADERS, flag::END_HEADERS, 1, REQUEST)
+            .await;
+        let call = calls.recv().await.unwrap();
+        Transfer::begin(peer, call.body, call.reply)
+    }
+
+    fn begin(peer: Peer, mut body: Incoming, other_way: Outgoing) -> Self {
+        let (reader, read) = watch::channel(0);
+        task::spawn("reader", async move {
+            while let Some(Ok(chunk)) = poll_fn(|cx| body.poll_data(cx)).await {
+                reader.send_modify(|read| *read += chunk.len());
+            }
+        });
+        Transfer {
+            peer,
+            read,
+            sent: 0,
+            window: super::STREAM_WINDOW as usize,
+            _other_way: other_way,
+            _calls: None,
+        }
+    }
+
+    /// Sends a frame. Returns how much is not read then.
+    async fn frame(&mut self, size: usize) -> usize {
+        self.peer.send(kind::DATA, 0, 1, &vec![7; size]).await;
+        self.sent += size;
+        self.unread().await
+    }
+
+    /// Sends a message. Returns how much was not read after each of its frames.
+    async fn message(&mut self) -> [usize; FRAMES + 1] {
+        let mut unread = AT_ONCE;
+        for (index, unread) in unread.iter_mut().enumerate() {
+            *unread = self.frame(if index < FRAMES { FRAME } else { LAST }).await;
+        }
+        unread
+    }
+
+    /// How much has been sent but is not read.
+    async fn unread(&mut self) -> usize {
+        // The answer comes after whoever is woken by what was sent has had his turn.
+        for _ in 0..2 {
+            self.peer.send(kind::PING, 0, 0, b"12345678").await;
+            loop {
+                let seen = self.peer.read().await.unwrap();
+                match (seen.header.kind, seen.header.stream) {
+                    (kind::WINDOW_UPDATE, 1) => {
+                        let more: [u8; 4] = seen.payload.try_into().unwrap();
+                        self.window += u32::from_be_bytes(more) as usize;
+                    }
+                    (kind::PING, _) => break,
+                    _ => {}
+                }
+            }
+        }
+        self.sent - *self.read.borrow()
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn large_messages_of_a_sender_that_pauses_between_them_are_passed_on_as_a_whole() {
+    whole_messages::begin();
+    let mut download = Transfer::down().await;
+    assert_eq!(download.message().await, AT_ONCE, "it may not pause");
+    for _ in 0..3 {
+        tokio::time::advance(PAUSE).await;
+        assert_eq!(download.message().await, AS_A_WHOLE);
+    }
+    assert_eq!(download.message().await, AT_ONCE, "it has not paused");
+}
+
+#[tokio::test(start_paused = true)]
+async fn the_beginning_of_a_message_waits_no_longer_than_the_thread_is_awake_nor_for_long() {
+    whole_messages::begin();
+    let mut download = Transfer::down().await;
+    download.message().await;
+    tokio::time::advance(PAUSE).await;
+    assert_eq!(download.frame(FRAME).await, FRAME);
+    whole_messages::pass_on();
+    assert_eq!(download.unread().await, 0);
+    assert_eq!(download.frame(FRAME).await, FRAME);
+    tokio::time::advance(Duration::from_millis(5)).await;
+    assert_eq!(download.unread().await, 0);
+}
+
+#[tokio::test(start_paused = true)]
+async fn the_end_of_a_stream_is_passed_on_though_its_last_message_seems_to_go_on() {
+    whole_messages::begin();
+    let mut download = Transfer::down().await;
+    download.message().await;
+    tokio::time::advance(PAUSE).await;
+    assert_eq!(download.frame(FRAME).await, FRAME);
+    let trailers = flag::END_HEADERS | flag::END_STREAM;
+    download.peer.send(kind::HEADERS, trailers, 1, &[]).await;
+    assert_eq!(download.unread().await, 0);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_window_grows_to_hold_the_messages_that_are_passed_on_as_a_whole_and_no_further() {
+    whole_messages::begin();
+    let mut download = Transfer::down().await;
+    for _ in 0..10 {
+        download.message().await;
+        tokio::time::advance(PAUSE).await;
+    }
+    let message = FRAMES * FRAME + LAST + FRAME;
+    let left = download.window - download.sent;
+    let credit = super::STREAM_WINDOW as usize / 2;
+    assert!((message..=message + credit).contains(&left), "{left}");
+}
+
+#[tokio::test(start_paused = true)]
+async fn the_beginning_of_a_message_does_not_wait_if_the_window_has_no_room_for_more() {
+    whole_messages::begin();
+    let mut download = Transfer::down().await;
+    download.frame(FRAME).await;
+    download.frame(LAST).await;
+    tokio::time::advance(PAUSE).await;
+    let mut sent = 0;
+    while download.window - download.sent >= 2 * FRAME {
+        sent += FRAME;
+        assert_eq!(download.frame(FRAME).await, sent);
+    }
+    assert!(sent > 0);
+    assert_eq!(download.frame(FRAME).await, 0);
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_a_client_sends_is_passed_on_as_it_comes() {
+    whole_messages::begin();
+    let mut upload = Transfer::up().await;
+    for _ in 0..3 {
+        assert_eq!(upload.message().await, AT_ONCE);
+        tokio::time::advance(PAUSE).await;
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_thread_of_which_nobody_knows_when_it_sleeps_passes_on_what_comes() {
+    let mut download = Transfer::down().await;
+    for _ in 0..3 {
+        assert_eq!(download.message().await, AT_ONCE);
+        tokio::time::advance(PAUSE).await;
     }
 }
 

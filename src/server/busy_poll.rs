@@ -14,7 +14,7 @@ use std::task::{Poll, Waker};
 use std::thread::available_parallelism;
 use std::time::{Duration, Instant};
 
-use crate::http2::frame_memory;
+use crate::http2::{frame_memory, whole_messages};
 use crate::meters::METERS;
 use crate::stream;
 
@@ -50,6 +50,7 @@ pub async fn keep(patience: Duration) {
     let few = available_parallelism().map_or(1, NonZero::get) / PROCESSORS_OF_CALL;
     let this = BusyPoll::new(patience, few.max(1) as u64, Instant::now());
     THIS.set(Some(this));
+    whole_messages::begin();
     loop {
         poll_fn(|cx| match with_this(|this| this.is_due(cx.waker())) {
             Some(true) => Poll::Ready(()),
@@ -69,13 +70,16 @@ pub async fn keep(patience: Duration) {
 
 /// The thread has nothing to do. If it is to poll, the task that `keep` is polled by is woken.
 pub fn idle() {
-    with_this(|this| {
-        if this.idle(Instant::now(), stream::reads(), Load::now())
-            && let Some(task) = &this.task
-        {
+    let polls = with_this(|this| {
+        let polls = this.idle(Instant::now(), stream::reads(), Load::now());
+        if let Some(task) = this.task.as_ref().filter(|_| polls) {
             task.wake_by_ref();
         }
+        polls
     });
+    if polls != Some(true) {
+        whole_messages::pass_on();
+    }
 }
 
 /// The thread has asked the system what there is, and may have slept until there was something.
@@ -94,6 +98,8 @@ struct Load {
     calls: u64,
     /// Bytes that were transferred since it began, but for small messages.
     bytes: u64,
+    /// Whether this thread waits for the rest of a large message.
+    is_amid_message: bool,
 }
 
 impl Load {
@@ -101,6 +107,7 @@ impl Load {
         Load {
             calls: METERS.calls.all.present(),
             bytes: frame_memory::read(),
+            is_amid_message: whole_messages::are_awaited(),
         }
     }
 }
@@ -160,7 +167,8 @@ impl BusyPoll {
             self.hope = 0;
         }
         self.bytes = load.bytes;
-        let polls = is_new && self.hope >= ENOUGH && now >= self.rests_until;
+        let hopes = self.hope >= ENOUGH || load.is_amid_message && load.calls <= self.few;
+        let polls = is_new && hopes && now >= self.rests_until;
         self.doing = if polls {
             Doing::Polling
         } else {
@@ -242,6 +250,7 @@ mod tests {
         now: Instant,
         reads: u64,
         bytes: u64,
+        is_amid_message: bool,
     }
 
     impl Thread {
@@ -252,6 +261,7 @@ mod tests {
                 now,
                 reads: 0,
                 bytes: 0,
+                is_amid_message: false,
             }
         }
 
@@ -264,7 +274,12 @@ mod tests {
         /// It has nothing to do, and so many calls are under way: whether it polls now.
         fn idles(&mut self, calls: u64) -> bool {
             let bytes = self.bytes;
-            self.poll.idle(self.now, self.reads, Load { calls, bytes })
+            let load = Load {
+                calls,
+                bytes,
+                is_amid_message: self.is_amid_message,
+            };
+            self.poll.idle(self.now, self.reads, load)
         }
 
         /// Nothing more comes for so long: whether it polls yet.
@@ -379,6 +394,25 @@ mod tests {
     }
 
     #[test]
+    fn for_the_rest_of_a_large_message_a_thread_polls_though_much_is_transferred() {
+        let mut thread = Thread::new();
+        thread.is_amid_message = true;
+        for _ in 0..100 {
+            thread.bytes += 2 * MUCH;
+            assert!(thread.works(FEW));
+            thread.reads += 1;
+            assert!(!thread.waits(SOON), "there is something to do");
+        }
+        assert!(thread.works(FEW));
+        assert!(!thread.waits(PATIENCE + SOON));
+        assert!(!thread.idles(FEW), "nothing has come");
+        assert!(!thread.works(FEW + 1));
+        assert!(thread.works(FEW));
+        thread.poll.gave_way(thread.now, LATE);
+        assert!(!thread.works(FEW), "others keep its processor");
+    }
+
+    #[test]
     fn a_thread_whose_processor_others_keep_rests_the_longer_the_more_often() {
         let mut thread = Thread::new();
         let mut rests = Vec::new();
@@ -439,6 +473,28 @@ mod tests {
         while found_by_polling(Duration::from_secs(60)) < 100 {
             assert!(began.elapsed() < Duration::from_secs(60), "it never does");
         }
+    }
+
+    #[test]
+    fn a_runtime_passes_on_what_has_come_of_a_message_before_it_sleeps() {
+        let runtime = super::super::runtime().build().unwrap();
+        let passed_on = runtime.block_on(async {
+            task::spawn("busy poll", keep(PATIENCE));
+            // Its first turn is over, so that it is one that passes on.
+            tokio::task::yield_now().await;
+            let mut waits = None;
+            let passed_on = poll_fn(|cx| match waits {
+                Some(_) => Poll::Ready(()),
+                None => {
+                    waits = Some(whole_messages::wait(&mut Some(cx.waker().clone())));
+                    Poll::Pending
+                }
+            });
+            tokio::time::timeout(Duration::from_secs(60), passed_on)
+                .await
+                .map(|()| waits)
+        });
+        assert_eq!(passed_on.ok(), Some(Some(true)));
     }
 
     #[test]

@@ -18,6 +18,7 @@ use crate::http2::frame::{
     self, FrameHeader, LARGEST_WINDOW, Reason, Settings, flag, kind, unpadded,
 };
 use crate::http2::hpack::{Block, Pseudo, TABLE_SIZE};
+use crate::http2::whole_messages;
 
 impl State {
     /// Takes a frame that was read. `whole` is the payload once more, if it is to be kept as it is
@@ -106,11 +107,16 @@ impl State {
             false => 0,
         };
         if kept > 0 {
+            let unread = stream.unread;
             stream.push(match whole {
                 Some(whole) => whole.slice_ref(data),
                 None => Bytes::copy_from_slice(data),
             });
-            stream.wake_reader();
+            let is_amid = self.is_amid_message(key, &header, unread);
+            let stream = &mut self.streams[key];
+            if !(is_amid && whole_messages::wait(&mut stream.reader)) {
+                stream.wake_reader();
+            }
         }
         self.credit(key, size - kept);
         self.moved(key, size);

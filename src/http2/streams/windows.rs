@@ -15,9 +15,9 @@ use std::time::Duration;
 use tokio::time::Instant;
 
 use super::State;
-use crate::http2::STREAM_WINDOW;
 use crate::http2::frame::{self, kind};
 use crate::http2::streams::Role;
+use crate::http2::{MAX_FRAME_SIZE, STREAM_WINDOW};
 
 /// How long a far peer takes to answer, at least. Nearer ones are not held up by their windows: 1 MiB in
 /// each round trip is 260 MB/s. Those on this machine take as long only when all of it is busy.
@@ -47,7 +47,7 @@ impl State {
         }
     }
 
-    fn round_trip_if_far(&self) -> Option<Duration> {
+    pub(super) fn round_trip_if_far(&self) -> Option<Duration> {
         match self.distance {
             Distance::Known(round_trip) if round_trip >= FAR => Some(round_trip),
             _ => None,
@@ -152,7 +152,22 @@ impl State {
         0
     }
 
-    /// The same for the connection alone, for data of which no stream knows.
+    /// A message of this size, and a frame of the next, are to fit into a stream's window, whatever the peer
+    /// has not been told of.
+    pub(super) fn fit(&mut self, key: usize, size: u32) {
+        let wanted = size.saturating_add(MAX_FRAME_SIZE + CREDIT);
+        let wanted = wanted.min(LARGEST_FIRST_WINDOW);
+        let stream = &mut self.streams[key];
+        let more = wanted.saturating_sub(self.first_window_in + stream.extra_window);
+        if more > 0 {
+            stream.extra_window += more;
+            stream.window_in += i64::from(more);
+            let id = stream.id;
+            self.tell_window(id, more);
+        }
+    }
+
+    /// What `credit` does, for the connection alone, for data of which no stream knows.
     pub(super) fn credit_connection(&mut self, size: usize) {
         self.credit += size as u32;
         if self.credit >= self.window / 2 {
