@@ -35,40 +35,42 @@ pub fn begin() {
 
 /// Whether somebody on this thread waits for the rest of a message.
 pub fn are_awaited() -> bool {
-    THIS.with_borrow(|this| this.as_ref().is_some_and(|this| this.since.is_some()))
+    with_this(|this| this.since).flatten().is_some()
 }
 
 /// Has a reader wait for the rest of a message, if this thread is one that passes on what waits.
 /// Returns whether it is.
 pub fn wait(reader: &mut Option<Waker>) -> bool {
-    THIS.with_borrow_mut(|this| {
-        let Some(this) = this else {
-            return false;
-        };
+    let waits = with_this(|this| {
         if let Some(reader) = reader.take() {
             this.since.get_or_insert_with(Instant::now);
             this.readers.push(reader);
         }
-        true
-    })
+    });
+    waits.is_some()
 }
 
 /// Wakes those on this thread that wait.
 pub fn pass_on() {
-    let readers = THIS.with_borrow_mut(|this| {
-        let this = this.as_mut().filter(|this| this.since.is_some())?;
-        this.since = None;
+    let readers = with_this(|this| {
+        this.since.take()?;
         Some(std::mem::take(&mut this.readers))
     });
-    for reader in readers.into_iter().flatten() {
+    for reader in readers.flatten().into_iter().flatten() {
         reader.wake();
     }
 }
 
 /// The same if they have waited for long.
 pub fn pass_on_if_late() {
-    let since = THIS.with_borrow(|this| this.as_ref()?.since);
+    let since = with_this(|this| this.since).flatten();
     if since.is_some_and(|since| since.elapsed() >= LONGEST) {
         pass_on();
     }
+}
+
+fn with_this<T>(act: impl FnOnce(&mut Waiting) -> T) -> Option<T> {
+    // Nobody waits on a thread that ends.
+    let done = THIS.try_with(|this| this.borrow_mut().as_mut().map(act));
+    done.ok().flatten()
 }

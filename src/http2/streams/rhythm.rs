@@ -1,5 +1,5 @@
-//! Whether a server pauses between the messages of an answer, of its own accord. gRPC's messages are not looked into
-//! for it: a frame that is as large as it may be is followed by more of its message.
+//! Whether a server pauses between the messages of an answer, of its own accord. gRPC's messages are not
+//! looked into for it: a frame that is as large as it may be is followed by more of its message.
 
 use std::time::Duration;
 
@@ -27,8 +27,9 @@ pub(super) struct Rhythm {
 }
 
 impl State {
-    /// A frame of data has come; so much of what came before it is not read. Returns whether whoever reads had
-    /// better wait for the rest of the message. What clients send goes on at once: there is nothing to be gained.
+    /// A frame of data has come; so much of what came before it is not read. Returns whether whoever reads
+    /// had better wait for the rest of the message. What clients send is never waited for: there is nothing to
+    /// be gained.
     pub(super) fn is_amid_message(
         &mut self,
         key: usize,
