@@ -240,6 +240,12 @@ struct Seen {
 }
 
 impl Seen {
+    /// How much more may be sent, by a WINDOW_UPDATE.
+    fn window_update(&self) -> usize {
+        let more = self.payload[..].try_into().unwrap();
+        u32::from_be_bytes(more) as usize
+    }
+
     fn code(&self) -> Reason {
         let at = if self.header.kind == kind::GOAWAY {
             4
@@ -620,8 +626,7 @@ impl Far {
             let seen = self.peer.read().await.unwrap();
             match (seen.header.kind, seen.header.stream) {
                 (kind::WINDOW_UPDATE, 1) => {
-                    let more: [u8; 4] = seen.payload.try_into().unwrap();
-                    self.window += u32::from_be_bytes(more) as usize;
+                    self.window += seen.window_update();
                 }
                 (kind::SETTINGS, 0) => {
                     let new = frame::Settings::read(&seen.payload).unwrap();
@@ -748,8 +753,7 @@ impl Transfer {
                 let seen = self.peer.read().await.unwrap();
                 match (seen.header.kind, seen.header.stream) {
                     (kind::WINDOW_UPDATE, 1) => {
-                        let more: [u8; 4] = seen.payload.try_into().unwrap();
-                        self.window += u32::from_be_bytes(more) as usize;
+                        self.window += seen.window_update();
                     }
                     (kind::PING, _) => break,
                     _ => {}
@@ -876,8 +880,7 @@ async fn window_of_a_client(time_for_a_ping: Duration) -> usize {
                     peer.send(kind::PING, flag::ACK, 0, &seen.payload).await;
                 }
                 (kind::WINDOW_UPDATE, 1, _) => {
-                    let more: [u8; 4] = seen.payload.try_into().unwrap();
-                    window += u32::from_be_bytes(more) as usize;
+                    window += seen.window_update();
                 }
                 (kind::SETTINGS, _, 0) => {
                     let new = frame::Settings::read(&seen.payload).unwrap();
