@@ -216,7 +216,7 @@ impl Stream {
         if let Some(reader) = self.reader.take() {
             reader.wake();
         }
-        // It may be among those.
+        // It may be one that waits for the rest of a message.
         whole_messages::pass_on();
     }
 

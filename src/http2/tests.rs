@@ -702,6 +702,16 @@ impl Transfer {
         }
     }
 
+    /// From a server, the beginning of whose second message waits for the rest.
+    async fn amid_message() -> Self {
+        whole_messages::begin();
+        let mut download = Transfer::down().await;
+        download.message().await;
+        tokio::time::advance(PAUSE).await;
+        assert_eq!(download.frame(FRAME).await, FRAME);
+        download
+    }
+
     /// From a client.
     async fn up() -> Self {
         let (mut peer, mut calls) = Peer::of_server().await;
@@ -778,11 +788,7 @@ async fn large_messages_of_a_sender_that_pauses_between_them_are_passed_on_as_a_
 
 #[tokio::test(start_paused = true)]
 async fn the_beginning_of_a_message_waits_no_longer_than_the_thread_is_awake_nor_for_long() {
-    whole_messages::begin();
-    let mut download = Transfer::down().await;
-    download.message().await;
-    tokio::time::advance(PAUSE).await;
-    assert_eq!(download.frame(FRAME).await, FRAME);
+    let mut download = Transfer::amid_message().await;
     whole_messages::pass_on();
     assert_eq!(download.unread().await, 0);
     assert_eq!(download.frame(FRAME).await, FRAME);
@@ -792,11 +798,7 @@ async fn the_beginning_of_a_message_waits_no_longer_than_the_thread_is_awake_nor
 
 #[tokio::test(start_paused = true)]
 async fn the_end_of_a_stream_is_passed_on_though_its_last_message_seems_to_go_on() {
-    whole_messages::begin();
-    let mut download = Transfer::down().await;
-    download.message().await;
-    tokio::time::advance(PAUSE).await;
-    assert_eq!(download.frame(FRAME).await, FRAME);
+    let mut download = Transfer::amid_message().await;
     let trailers = flag::END_HEADERS | flag::END_STREAM;
     download.peer.send(kind::HEADERS, trailers, 1, &[]).await;
     assert_eq!(download.unread().await, 0);

@@ -112,7 +112,7 @@ impl State {
                 Some(whole) => whole.slice_ref(data),
                 None => Bytes::copy_from_slice(data),
             });
-            let is_amid = self.is_amid_message(key, &header, unread);
+            let is_amid = self.follow_rhythm(key, &header, unread);
             let stream = &mut self.streams[key];
             if !(is_amid && whole_messages::wait(&mut stream.reader)) {
                 stream.wake_reader();

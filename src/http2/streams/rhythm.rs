@@ -30,7 +30,7 @@ impl State {
     /// A frame of data has come; so much of what came before it is not read. Returns whether whoever reads
     /// had better wait for the rest of the message. What clients send is never waited for: there is nothing to
     /// be gained.
-    pub(super) fn is_amid_message(
+    pub(super) fn follow_rhythm(
         &mut self,
         key: usize,
         header: &FrameHeader,
