@@ -1,14 +1,20 @@
 //! Memory that large frames are read into. What is done with is used again, the latest first: it
 //! still lies in the processor's cache. An allocator would go through some MiB before it came back
-//! to the same place, and every copy would wait for main memory.
+//! to the same place, and every copy would wait for main memory. When no large frames come any more it
+//! goes back to the allocator.
 
 use std::cell::RefCell;
+use std::future::poll_fn;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::task::{Poll, Waker};
+use std::time::Duration;
 
-/// How many pieces of memory a thread keeps,
+/// How many pieces of memory a thread keeps that runs `keep`,
 const KEPT: usize = 4;
-/// and of which size at least.
+/// of which size at least,
 const LEAST: usize = 32 * 1024;
+/// and for how long if none of them is used.
+const PATIENCE: Duration = Duration::from_secs(1);
 
 /// Bytes of all frames that were read into such memory, on all threads.
 static READ: AtomicU64 = AtomicU64::new(0);
@@ -18,9 +24,73 @@ pub fn read() -> u64 {
     READ.load(Ordering::Relaxed)
 }
 
-thread_local! {
+/// What a thread keeps for its next large frames.
+struct Kept {
+    /// How many pieces.
+    most: usize,
     /// The latest at the end.
-    static FREE: RefCell<Vec<Vec<u8>>> = const { RefCell::new(Vec::new()) };
+    pieces: Vec<Vec<u8>>,
+    /// Whether any was taken or added since this was last asked.
+    used: bool,
+    /// Wakes `keep` when there are some.
+    freeing: Option<Waker>,
+}
+
+thread_local! {
+    static KEPT_HERE: RefCell<Kept> = const {
+        RefCell::new(Kept {
+            most: 0,
+            pieces: Vec::new(),
+            used: false,
+            freeing: None,
+        })
+    };
+}
+
+/// Has the current thread keep memory of frames that are done with, and frees it whenever there has
+/// been no use for it for a while. Does not end. Without it a thread keeps none, for nothing would
+/// free it.
+pub async fn keep() {
+    KEPT_HERE.with_borrow_mut(|kept| kept.most = KEPT);
+    loop {
+        poll_fn(|cx| KEPT_HERE.with_borrow_mut(|kept| kept.some(cx.waker()))).await;
+        while KEPT_HERE.with_borrow_mut(|kept| std::mem::take(&mut kept.used)) {
+            tokio::time::sleep(PATIENCE).await;
+        }
+        drop(KEPT_HERE.with_borrow_mut(|kept| std::mem::take(&mut kept.pieces)));
+    }
+}
+
+impl Kept {
+    fn some(&mut self, waker: &Waker) -> Poll<()> {
+        if !self.pieces.is_empty() {
+            return Poll::Ready(());
+        }
+        self.freeing = Some(waker.clone());
+        Poll::Pending
+    }
+
+    /// One of so many bytes, or hardly more.
+    fn take(&mut self, size: usize) -> Option<Vec<u8>> {
+        let fits = |memory: &Vec<u8>| (size..=size + size / 4).contains(&memory.capacity());
+        let latest = self.pieces.iter().rposition(fits)?;
+        self.used = true;
+        Some(self.pieces.remove(latest))
+    }
+
+    fn keep(&mut self, memory: Vec<u8>) {
+        if self.most == 0 {
+            return;
+        }
+        if self.pieces.len() == self.most {
+            self.pieces.remove(0);
+        }
+        self.pieces.push(memory);
+        self.used = true;
+        if let Some(freeing) = self.freeing.take() {
+            freeing.wake();
+        }
+    }
 }
 
 /// Memory for one frame, empty at first.
@@ -35,11 +105,7 @@ impl FrameMemory {
         if size < LEAST {
             return FrameMemory(Vec::with_capacity(size));
         }
-        let fits = |memory: &Vec<u8>| (size..=size + size / 4).contains(&memory.capacity());
-        let kept = FREE.with_borrow_mut(|free| {
-            let latest = free.iter().rposition(fits)?;
-            Some(free.remove(latest))
-        });
+        let kept = KEPT_HERE.with_borrow_mut(|kept| kept.take(size));
         FrameMemory(kept.unwrap_or_else(|| Vec::with_capacity(size)))
     }
 
@@ -63,13 +129,7 @@ impl Drop for FrameMemory {
         }
         memory.clear();
         // A thread that ends keeps nothing.
-        let _ = FREE.try_with(|free| {
-            let mut free = free.borrow_mut();
-            if free.len() == KEPT {
-                free.remove(0);
-            }
-            free.push(memory);
-        });
+        let _ = KEPT_HERE.try_with(|kept| kept.borrow_mut().keep(memory));
     }
 }
 
@@ -81,8 +141,21 @@ mod tests {
         memory.as_ref().as_ptr()
     }
 
+    /// The thread may have run another test before.
+    fn keep_from_now_on(most: usize) {
+        KEPT_HERE.with_borrow_mut(|kept| {
+            kept.most = most;
+            kept.pieces.clear();
+        });
+    }
+
+    fn kept() -> usize {
+        KEPT_HERE.with_borrow(|kept| kept.pieces.len())
+    }
+
     #[test]
     fn what_was_done_with_last_is_used_again_where_it_fits_and_is_empty() {
+        keep_from_now_on(KEPT);
         let mut sizes = [100_000, 100_000, 200_000].map(FrameMemory::with_room);
         for memory in &mut sizes {
             memory.bytes().push(1);
@@ -101,9 +174,30 @@ mod tests {
     }
 
     #[test]
-    fn no_more_is_kept_than_some_pieces() {
-        let many: Vec<_> = (0..10).map(|_| FrameMemory::with_room(100_000)).collect();
-        drop(many);
-        assert_eq!(FREE.with_borrow(Vec::len), KEPT);
+    fn no_more_is_kept_than_some_pieces_and_none_where_nothing_frees_them() {
+        for most in [KEPT, 0] {
+            keep_from_now_on(most);
+            let many: Vec<_> = (0..10).map(|_| FrameMemory::with_room(100_000)).collect();
+            drop(many);
+            assert_eq!(kept(), most);
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn what_is_not_used_for_a_while_is_freed_and_what_is_used_is_not() {
+        keep_from_now_on(0);
+        let freeing = crate::task::spawn("frame memory", keep());
+        tokio::task::yield_now().await;
+        for _ in 0..2 {
+            drop(FrameMemory::with_room(100_000));
+            for _ in 0..5 {
+                tokio::time::sleep(PATIENCE * 2 / 3).await;
+                assert_eq!(kept(), 1);
+                drop(FrameMemory::with_room(100_000));
+            }
+            tokio::time::sleep(PATIENCE * 2).await;
+            assert_eq!(kept(), 0);
+        }
+        freeing.abort();
     }
 }

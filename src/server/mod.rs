@@ -28,6 +28,7 @@ use crate::backend::embedded::{Embedded, EmbeddedError};
 use crate::backend::remote::Remote;
 use crate::backend::upstream::{RouteError, Routes, Upstream};
 use crate::config::{Config, ConfigError, Mode};
+use crate::http2::frame_memory;
 use crate::proxy::{Capabilities, Joining, Proxy};
 use crate::speculation::Engine;
 use crate::speculation::engine::{EngineParts, Request, engine};
@@ -338,6 +339,7 @@ impl EngineThread {
                     // Nobody waits for it only if the server is gone.
                     let _ = started.send((handle, requests));
                     let running = task::spawn("engine", runner.run());
+                    task::spawn("frame memory", frame_memory::keep());
                     // Told to stop, or left alone.
                     let _ = stopped.await;
                     running.abort();

@@ -17,6 +17,7 @@ use super::listen::Accepted;
 use super::watchdog::{Pulse, Watchdog};
 use super::{busy_poll, connection};
 use crate::http2::connection::{Connection, Farewell};
+use crate::http2::frame_memory;
 use crate::meters::METERS;
 use crate::proxy::Proxy;
 use crate::speculation::clients::observation::Observation;
@@ -152,6 +153,7 @@ impl Worker {
     async fn run(mut self, mut accepted: mpsc::Receiver<Accepted>, pulse: Pulse) {
         task::spawn("pulse", pulse.beat());
         task::spawn("busy poll", busy_poll::keep(self.settings.busy_poll));
+        task::spawn("frame memory", frame_memory::keep());
         let serving = TaskTracker::new();
         loop {
             let accepted = tokio::select! {
