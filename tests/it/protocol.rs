@@ -77,6 +77,14 @@ impl Stage {
     async fn build(&self) -> Vec<Way> {
         let build = self.begin();
         let ways = self.build_all(&build).await;
+        // Its process is looked at some milliseconds after its first call, and must live by then.
+        let label = format!("make in {}", self.workspace.display());
+        self.until("it is seen who builds", || {
+            let builds = &self.primed.status()["builds"];
+            let mut open = builds.as_array().unwrap().iter();
+            open.any(|build| build["label"] == label && build["ended_unix_ms"].is_null())
+        })
+        .await;
         build.end();
         self.primed.wait();
         ways
